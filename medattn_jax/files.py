@@ -1,0 +1,54 @@
+"""Files that are whole or not there: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a path beside `path` to write to; renamed over `path` when the block ends well."""
+  path = pathlib.Path(path)
+  aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    yield aside
+    with open(aside, "rb") as written:
+      os.fsync(written.fileno())
+    os.replace(aside, path)
+    sync_directory(path.parent)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def sync_directory(path: str | os.PathLike) -> None:
+  """Makes renames within the directory `path` durable."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+  with replacing(path) as aside:
+    aside.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+  """Writes strict JSON. Raises ValueError on NaN or infinity."""
+  write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """The hexadecimal SHA-256 of a file, read in blocks."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
