@@ -1,0 +1,47 @@
+"""What one example of every fundus data set holds, whatever its source. Knows no TensorFlow.
+
+One example is one patient: one or two photographs, in the order left, right where that is known.
+A patient with more photographs gives several examples of the same patient id, so that sets are
+split, and statistics drawn, by patient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The kinds of lesion a box may have; a box stores the index.
+TYPES = (
+  "microaneurysm",
+  "haemorrhage",
+  "hard_exudate",
+  "cotton_wool_spot",
+  "neovascularisation",
+)
+LEVELS = 5  # 0 none, 1 mild, 2 moderate, 3 severe, 4 proliferative
+EYES = ("left", "right")
+SPLITS = ("train", "validation", "test")
+VERSION = "1.0.0"
+FILE_FORMAT = "array_record"
+
+
+def features(full_size: int) -> Any:
+  """The TFDS features of a set whose photographs are stored at `full_size`² pixels.
+
+  Lists of one patient: images (uint8, JPEG), image_ids, eyes ("left", "right" or ""), levels.
+  boxes: eye indexes images, type indexes TYPES, box is (y0, x0, y1, x1) in stored pixels.
+  """
+  from medattn_jax.data.backend import np, tfds
+
+  f = tfds.features
+  return f.FeaturesDict({
+    "patient": f.Text(),
+    "images": f.Sequence(f.Image(shape=(full_size, full_size, 3), encoding_format="jpeg")),
+    "image_ids": f.Sequence(f.Text()),
+    "eyes": f.Sequence(f.Text()),
+    "levels": f.Sequence(np.int64),
+    "boxes": f.Sequence({
+      "eye": np.int64,
+      "type": np.int64,
+      "box": f.Tensor(shape=(4,), dtype=np.float32),
+    }),
+  })
