@@ -1,0 +1,345 @@
+"""A healthy drawn eye: its anatomy, and the canvas on which it is painted at any size.
+
+All lengths are in the 1230-pixel frame of a photograph (UNIT), x to the right and y down, and all
+chance is drawn before the size of the image is known: one eye looks the same at every size. Every
+eye is drawn as a left one (disc left of the macula); a right one is mirrored when it is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+UNIT = 1230.0  # the frame in which all sizes are given
+GRID = 246  # smooth things are painted on this grid and enlarged
+STEP = 9.0  # length of one step of a growing vessel
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+  """What an eye and its photograph have before any lesion; points are (x, y) in UNIT."""
+
+  centre: tuple[float, float]  # of the field of view
+  radius: float
+  half_height: float  # of the field: smaller than its radius where the camera cuts it
+  notch: bool  # the small tab at the rim that tells up from down
+  fovea: tuple[float, float]
+  disc: tuple[float, float]
+  disc_radius: float
+  vessels: list  # (polygon [k,2], absorption rgb 0..255), the lowest first
+
+  def inside(self, x, y, margin=0.0):
+    """Whether points lie in the field of view, `margin` from its rim."""
+    dx, dy = x - self.centre[0], y - self.centre[1]
+    return (dx * dx + dy * dy < (self.radius - margin) ** 2) & (
+      np.abs(dy) < self.half_height - margin
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+  """What both photographs of a patient share: the fundus's colour and the camera's faults."""
+
+  colour: tuple[float, float, float]
+  contrast: float  # of the vessels
+  tigroid: float  # how far the choroid's vessels show through
+  blur: float  # in UNIT
+  noise: float  # grey levels
+  vignette: float
+  haze: float
+
+
+def draw_camera(rng) -> Camera:
+  """The colour and the camera of one patient."""
+  red = rng.uniform(178, 232)
+  green = red * rng.uniform(0.36, 0.50)
+  blue = green * rng.uniform(0.45, 0.72)
+  return Camera(
+    colour=(red, green, blue),
+    contrast=rng.uniform(0.85, 1.1),
+    tigroid=rng.uniform(0, 1) ** 2 * 0.13,
+    blur=rng.uniform(0.9, 2.0),
+    noise=rng.uniform(1.2, 3.0),
+    vignette=rng.uniform(0.05, 0.3),
+    haze=rng.uniform(0, 1) ** 2,
+  )
+
+
+def draw_anatomy(rng) -> Anatomy:
+  """The field of view, disc, fovea and vessel tree of one eye."""
+  radius = rng.uniform(0.46, 0.497) * UNIT
+  slack = UNIT / 2 - radius
+  centre = tuple(UNIT / 2 + rng.uniform(-0.7, 0.7, 2) * slack)
+  cut = rng.uniform(0.82, 0.95) if rng.uniform() < 0.35 else 1.0
+  fovea = np.array([UNIT / 2 + rng.uniform(-5, 95), UNIT / 2 + rng.uniform(-35, 35)])
+  disc = fovea + [-rng.uniform(395, 450), -rng.uniform(5, 55)]
+  disc_radius = rng.uniform(70, 90)
+  return Anatomy(
+    centre=centre,
+    radius=radius,
+    half_height=cut * radius,
+    notch=bool(rng.uniform() < 0.3),
+    fovea=tuple(fovea),
+    disc=tuple(disc),
+    disc_radius=disc_radius,
+    vessels=_vessels(rng, disc, fovea, disc_radius),
+  )
+
+
+# --- vessels -----------------------------------------------------------------------------------
+
+
+def _vessels(rng, disc, fovea, disc_radius):
+  """Arterioles and venules: trunks along the arcades, then three orders of branches."""
+  trunks, widths, veins = _trunks(rng, disc, fovea, disc_radius)
+  orders = [(trunks, widths, veins, np.full(len(trunks), trunks.shape[1]))]
+  for count, length, width in ((46, (170, 430), 0.55), (90, (80, 230), 0.6), (110, (40, 120), 0.7)):
+    orders.append(_branches(rng, orders[-1], count, length, width, disc, fovea))
+  polygons = []
+  for order, (paths, widths, veins, lengths) in reversed(list(enumerate(orders))):
+    left, right = _strips(paths, widths)
+    for i in np.argsort(~veins, kind="stable"):  # arterioles cross above the venules
+      n = lengths[i]
+      faint = float(np.clip(widths[i, 0] / 7, 0.35, 1))
+      colour = (58, 150, 112) if veins[i] else (26, 122, 92)
+      fill = tuple(int(c * faint) for c in colour)
+      polygons.append((np.concatenate([left[i, :n], right[i, n - 1 :: -1]]), fill))
+      if order == 0:  # the light reflex along the middle of a trunk
+        bright = tuple(int(c * (0.86 if veins[i] else 0.62)) for c in colour)
+        inner = paths[i, :n]
+        side = (left[i, :n] - inner) * 0.24
+        polygons.append((np.concatenate([inner + side, (inner - side)[::-1]]), bright))
+  return polygons
+
+
+def _trunks(rng, disc, fovea, disc_radius):
+  """An arteriole and a venule along each arcade, and some straight ones to the nose."""
+  d = fovea[0] - disc[0]
+  up, down = rng.uniform(0.62, 0.84, 2) * d
+  arcs = {  # waypoints from the disc's centre
+    "temporal": [(0, 0.03), (0.07, 0.42), (0.34, 0.84), (0.88, 1.0), (1.45, 0.93), (2.1, 0.62)],
+    "nasal": [(0, 0.03), (-0.06, 0.4), (-0.2, 0.85), (-0.42, 1.3), (-0.7, 1.7), (-0.95, 2.1)],
+    "radial": [(0, 0.02), (-0.2, 0.1), (-0.45, 0.16), (-0.7, 0.2), (-1.0, 0.24), (-1.3, 0.3)],
+    "macular": [(0, 0.02), (0.2, 0.1), (0.4, 0.17), (0.58, 0.2), (0.7, 0.19), (0.8, 0.14)],
+  }
+  points, width, veins = [], [], []
+  for name, size in (("temporal", 1.0), ("nasal", 0.72), ("radial", 0.34), ("macular", 0.3)):
+    for sign, height in ((-1, up), (1, down)):
+      shared = rng.normal(0, 1, (6, 2)) * 0.05
+      for vein in (True, False):
+        wobble = shared + rng.normal(0, 1, (6, 2)) * [0.03, 0.055]
+        way = (np.array(arcs[name]) + wobble * np.linspace(0.15, 1.3, 6)[:, None]) * [d, sign * height]
+        points.append(disc + way)
+        width.append(size * (rng.uniform(15, 18.5) if vein else rng.uniform(11, 14)))
+        veins.append(vein)
+  points, width, veins = np.array(points), np.array(width), np.array(veins)
+  t = np.linspace(0, 5, 110)
+  paths = _catmull_rom(points, t)
+  # Slow waves across the path, growing from nothing at the disc.
+  phase = rng.uniform(0, 2 * np.pi, (len(paths), 3, 1))
+  speed = rng.uniform(1.2, 4.5, (len(paths), 3, 1))
+  wave = (np.sin(phase + speed * t * 2) * [[[7.0], [5.0], [3.5]]]).sum(1) * np.minimum(t, 1)
+  paths = paths + normals(paths) * wave[..., None]
+  taper = np.linspace(1, 0.42, paths.shape[1]) ** 0.9
+  return paths, width[:, None] * taper, veins
+
+
+def _catmull_rom(points, t):
+  """Smooth curves [n, len(t), 2] through points [n, k, 2] at parameters t in 0..k-1."""
+  padded = np.concatenate(
+    [2 * points[:, :1] - points[:, 1:2], points, 2 * points[:, -1:] - points[:, -2:-1]], 1
+  )
+  k = np.minimum(t.astype(int), points.shape[1] - 2)
+  u = (t - k)[None, :, None]
+  a, b, c, e = (padded[:, k + j] for j in range(4))
+  return 0.5 * (
+    2 * b + (c - a) * u + (2 * a - 5 * b + 4 * c - e) * u**2 + (3 * b - a - 3 * c + e) * u**3
+  )
+
+
+def _branches(rng, parents, count, length, width, disc, fovea):
+  """Vessels that leave `parents` sideways and grow towards the fovea or the rim."""
+  paths, widths, veins, lengths = parents
+  weight = lengths * widths[:, 0]
+  parent = rng.choice(len(paths), count, p=weight / weight.sum())
+  at = np.minimum((rng.uniform(0.12, 0.97, count) * lengths[parent]).astype(int), lengths[parent] - 2)
+  p = paths[parent, at]
+  tangent = paths[parent, at + 1] - p
+  side = rng.choice([-1.0, 1.0], count)
+  heading = np.arctan2(tangent[:, 1], tangent[:, 0]) + side * rng.uniform(0.45, 1.15, count)
+  steps = (rng.uniform(*length, count) / STEP).astype(int)
+  total = int(length[1] / STEP) + 1
+  bend, jitter = np.zeros(count), rng.normal(0, 0.075, (total, count))
+  out = np.empty((count, total, 2))
+  alive = np.ones(count, bool)
+  ends = np.full(count, 2)
+  for k in range(total):
+    out[:, k] = p
+    ends = np.where(alive & (k < steps), k + 1, ends)
+    to_fovea = fovea - p
+    distance = np.hypot(to_fovea[:, 0], to_fovea[:, 1])
+    alive &= distance > 62  # the fovea itself has no vessels
+    inner = distance < 270
+    goal = np.where(inner[:, None], to_fovea, p - disc)
+    turn = np.arctan2(goal[:, 1], goal[:, 0]) - heading
+    bend = 0.8 * bend + jitter[k]
+    heading = heading + bend + np.where(inner, 0.05, 0.035) * np.sin(turn)
+    p = p + STEP * np.stack([np.cos(heading), np.sin(heading)], 1)
+  start = np.clip(widths[parent, at] * width * rng.uniform(0.7, 1.1, count), 2.6, 9)
+  along = np.arange(total)[None] / np.maximum(steps, 2)[:, None]
+  taper = start[:, None] * (1 - 0.6 * np.clip(along, 0, 1))
+  return out, taper, veins[parent], np.maximum(ends, 2)
+
+
+def normals(paths):
+  """Unit normals [..., n, 2] of curves [..., n, 2]."""
+  tangent = np.gradient(paths, axis=-2)
+  tangent /= np.hypot(tangent[..., :1], tangent[..., 1:]) + 1e-9
+  return np.stack([-tangent[..., 1], tangent[..., 0]], -1)
+
+
+def _strips(paths, widths):
+  offset = normals(paths) * widths[..., None] / 2
+  return paths + offset, paths - offset
+
+
+# --- the canvas --------------------------------------------------------------------------------
+
+
+def smooth_noise(rng, cells, size=GRID):
+  """Noise of about `cells` bumps across the frame, float32 [size, size], deviation near 1."""
+  coarse = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
+  return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) * np.float32(1.35)
+
+
+def background(rng, anatomy: Anatomy, camera: Camera):
+  """Fundus, macula and disc without vessels, float32 [GRID, GRID, 3] in 0..255, and the light.
+
+  Returns:
+    (background, light): light is float32 [GRID, GRID, 1] and multiplies all that is painted.
+  """
+  y, x = np.mgrid[:GRID, :GRID].astype(np.float32) * np.float32(UNIT / GRID)
+  slow, mid, fine, grain = (smooth_noise(rng, n) for n in (6, 22, 70, 180))
+  ridge = np.exp(-((smooth_noise(rng, 26) / 0.35) ** 2))
+  texture = 0.035 * slow + 0.03 * mid + 0.022 * fine + 0.022 * grain
+  texture += camera.tigroid * (ridge - 0.5)
+  image = np.array(camera.colour, np.float32) * (1 + texture[..., None] * np.float32([0.6, 1, 1.1]))
+
+  fx, fy = x - anatomy.fovea[0], y - anatomy.fovea[1]
+  far = np.hypot(fx, fy * 1.1)
+  macula = 0.24 * np.exp(-((far / 115) ** 2)) + 0.17 * np.exp(-((far / 42) ** 2))
+  reflex = 0.10 * np.exp(-(((far - 9) / 6) ** 2)) * rng.uniform(0, 1)
+  image *= 1 - macula[..., None] * np.float32([0.42, 1.05, 1.1]) + reflex[..., None]
+
+  dx, dy = x - anatomy.disc[0], y - anatomy.disc[1]
+  angle = np.arctan2(dy, dx)
+  rho = np.hypot(dx * rng.uniform(1.0, 1.12), dy) / anatomy.disc_radius
+  # The nerve fibres' sheen, brightest above and below on the way to the macula.
+  knots = rng.uniform(0, 1, 97).astype(np.float32)
+  streak = np.interp(angle, np.linspace(-np.pi, np.pi, 97), knots)
+  sheen = np.exp(-((rho / 3.2) ** 2)) * (0.5 + 0.5 * np.abs(np.sin(angle))) * (0.6 + 0.6 * streak)
+  image += sheen[..., None] * np.float32([8, 20, 17])
+  ring = rng.uniform(0, 1) ** 2 * np.exp(-(((rho - 1.1) / 0.14) ** 2)) * (0.5 + 0.5 * np.cos(angle))
+  image *= 1 - ring[..., None] * np.float32([0.3, 0.35, 0.35])
+
+  cup = rng.uniform(0.35, 0.62)
+  deep = np.hypot(dx - 0.1 * anatomy.disc_radius, dy) / (anatomy.disc_radius * cup)
+  rim = np.array(camera.colour, np.float32) * 0.35 + np.float32([160, 122, 78])
+  pale = np.float32([252, 228, 168])
+  inside = _ramp(1.0 - rho, 0.07)[..., None]
+  hollow = (0.75 * _ramp(1.0 - deep, 0.22))[..., None]
+  tone = (1 + 0.06 * mid - 0.10 * np.cos(angle - np.pi) * _ramp(rho, 0.5))[..., None]
+  image += inside * ((rim + hollow * (pale - rim)) * tone - image)
+
+  cx, cy = (x - anatomy.centre[0]) / anatomy.radius, (y - anatomy.centre[1]) / anatomy.radius
+  tilt = rng.uniform(-0.09, 0.09, 2)
+  light = 1 - camera.vignette * (cx**2 + cy**2) ** 1.5 + tilt[0] * cx + tilt[1] * cy
+  light += 0.03 * smooth_noise(rng, 5)
+  where = rng.uniform(0, 2 * np.pi)
+  crescent = np.clip(cx * np.cos(where) + cy * np.sin(where) - 0.62, 0, 1) ** 1.5
+  image += (camera.haze * crescent * 1.6)[..., None] * np.float32([60, 70, 80])
+  return image.astype(np.float32), np.clip(light, 0.3, 1.3).astype(np.float32)[..., None]
+
+
+def _ramp(value, width):
+  return np.clip(value / width + 0.5, 0, 1)
+
+
+def enlarge(field, size):
+  """float32 [n, n, c] → [size, size, c], smooth."""
+  planes = [
+    np.asarray(
+      Image.fromarray(np.ascontiguousarray(field[..., c])).resize(
+        (size, size), Image.Resampling.BICUBIC if size > GRID else Image.Resampling.BOX
+      )
+    )
+    for c in range(field.shape[-1])
+  ]
+  return np.stack(planes, -1)
+
+
+class Canvas:
+  """A photograph of `size` pixels being painted; lengths are given in UNIT."""
+
+  def __init__(self, image, size):
+    self.image = enlarge(image, size)
+    self.size = size
+    self.scale = size / UNIT
+
+  def soft(self, x, y, radius_x, radius_y, angle, colour, opacity):
+    """Blends a Gaussian spot of `colour`; the radii are where it has fallen to 1/e."""
+    s = self.scale
+    reach = 2.2 * max(radius_x, radius_y) * s + 1
+    x0, x1 = max(int(x * s - reach), 0), min(int(x * s + reach) + 1, self.size)
+    y0, y1 = max(int(y * s - reach), 0), min(int(y * s + reach) + 1, self.size)
+    if x0 >= x1 or y0 >= y1:
+      return
+    dx = np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - x * s)
+    dy = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - y * s))[:, None]
+    # The pixel's own width adds to the spot's, so that its mass does not depend on the size.
+    rx, ry = (np.sqrt((r * s) ** 2 + 0.17) for r in (radius_x, radius_y))
+    mass = radius_x * radius_y * s * s / (rx * ry)
+    c, n = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    u, v = (dx * c + dy * n) / np.float32(rx), (dy * c - dx * n) / np.float32(ry)
+    alpha = (np.float32(opacity * mass) * np.exp(-(u * u + v * v)))[..., None]
+    patch = self.image[y0:y1, x0:x1]
+    patch += alpha * (np.asarray(colour, np.float32) - patch)
+
+  def shapes(self, polygons, channels=3):
+    """Antialiased coverage × fill of polygons (points [k,2], fill), later ones on top, in 0..1."""
+    factor = 3 if self.size <= 800 else 2
+    mode, empty = ("RGB", (0, 0, 0)) if channels == 3 else ("L", 0)
+    sheet = Image.new(mode, (self.size * factor,) * 2, empty)
+    draw = ImageDraw.Draw(sheet)
+    scale = self.scale * factor
+    for points, fill in polygons:
+      draw.polygon((points * scale).ravel().tolist(), fill=fill)
+    return np.asarray(sheet.reduce(factor), np.float32) * np.float32(1 / 255)
+
+  def photograph(self, rng, anatomy: Anatomy, camera: Camera, light):
+    """Light, blur, noise and the black rim: the finished uint8 [size, size, 3]."""
+    image = self.image * enlarge(light, self.size)
+    blur = max((camera.blur * self.scale) ** 2 - 0.12, 0) ** 0.5
+    if blur > 0.3:
+      soft = Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8))
+      image = np.asarray(soft.filter(ImageFilter.GaussianBlur(float(blur))), np.float32)
+    image = image * self._field(anatomy)
+    noise = rng.standard_normal((self.size, self.size, 2), np.float32) * np.float32(camera.noise)
+    damp = np.minimum(image[..., 1:2] / 40, 1) * 0.8 + 0.2
+    image = image + noise[..., [0, 0, 0]] * damp + noise[..., [1, 0, 1]] * (damp * 0.5)
+    image += np.float32([2.0, 1.0, 1.5])
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+
+  def _field(self, anatomy):
+    """The field of view, float32 [size, size, 1] in 0..1."""
+    s = self.scale
+    at = (np.arange(self.size, dtype=np.float32) + 0.5) / np.float32(s)
+    dx, dy = at - np.float32(anatomy.centre[0]), (at - np.float32(anatomy.centre[1]))[:, None]
+    edge = np.minimum(anatomy.radius - np.sqrt(dx * dx + dy * dy), anatomy.half_height - np.abs(dy))
+    if anatomy.notch:
+      along = (dx - dy) * np.float32(np.sqrt(0.5)) - anatomy.radius
+      across = np.abs(dx + dy) * np.float32(np.sqrt(0.5))
+      edge = np.maximum(edge, np.minimum(33 - np.abs(along), 30 - across))
+    return np.clip(edge * np.float32(s / 1.6) + 0.5, 0, 1)[..., None]
