@@ -1,0 +1,188 @@
+"""Commands and flags. A user's mistake is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from medattn_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """Answers a wrong flag with one line that names the flags there are."""
+
+  def error(self, message: str) -> NoReturn:
+    fail(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs one command and exits: 0, 2 for a user's mistake, 128 + n when signal n ended it."""
+  quiet_libraries()
+  parser = make_parser()
+  known, rest = parser.parse_known_args(arguments)
+  try:
+    known.run(known, rest)
+  except UserError as error:
+    fail(str(error))
+  except KeyboardInterrupt:
+    leave(130)
+  except OSError as error:
+    # Disks fill and permissions lack anywhere; what is no such matter is ours to mend.
+    if error.errno is None or not error.filename:
+      raise
+    fail(f"{error.filename}: {os.strerror(error.errno)}")
+
+
+def make_parser() -> Parser:
+  parser = Parser(
+      prog="medattn",
+      description="Grades retinal photographs and shows why. For research; no medical device.",
+      allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+  def command(name, run, help):
+    made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    made.set_defaults(run=run)
+    return made
+
+  add = command("train", train, "train a config page, or resume it, in a workdir")
+  add.add_argument("--config", required=True, metavar="F", help="a page such as configs/demo.py")
+  add.add_argument("--workdir", required=True, metavar="D", help="where the run lives")
+  add.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: of process 0")
+  add.add_argument("--processes", type=int, default=1, metavar="N", help="how many processes")
+  add.add_argument("--process", type=int, default=0, metavar="I", help="this one's number")
+  add.epilog = "--config.KEY=VALUE changes a key of the page, such as --config.data.batch_size=8"
+
+  add = command("evaluate", evaluate, "grade a split and write metrics, predictions and figures")
+  add.add_argument("--workdir", required=True, metavar="D")
+  add.add_argument("--data", metavar="NAME|DIR", help="another data set than the run's own")
+  add.add_argument("--split", metavar="SPLIT", help="test; validation where there is no test")
+  add.add_argument("--step", default="best", metavar="N|best|last")
+  add.add_argument("--out", metavar="DIR", help="instead of WORKDIR/evaluation")
+
+  add = command("explain", explain, "draw attention maps, zoomed regions and boxes of photographs")
+  add.add_argument("--workdir", required=True, metavar="D")
+  add.add_argument("--data", metavar="NAME|DIR", help="another data set than the run's own")
+  add.add_argument("--split", metavar="SPLIT", help="test; validation where there is no test")
+  add.add_argument("--out", metavar="DIR", help="instead of WORKDIR/explanations")
+  add.add_argument("--limit", type=int, default=16, metavar="N", help="how many photographs")
+
+  add = command("predict", predict, "grade image files or folders of them")
+  add.add_argument("--workdir", required=True, metavar="D")
+  add.add_argument("images", nargs="+", metavar="IMAGE")
+  add.add_argument("--out", metavar="F.csv", help="instead of standard output")
+
+  add = command("prepare", prepare, "make a data set of a raw one")
+  add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a labels.csv")
+  add.add_argument("--input", required=True, metavar="DIR")
+  add.add_argument("--data-dir", required=True, metavar="DIR")
+  add.add_argument("--full-size", type=int, default=1230, metavar="PIXELS")
+  add.add_argument("--workers", type=int, metavar="N", help="processes; the cores by default")
+  add.add_argument("--seed", type=int, default=0, metavar="N", help="of the split of the patients")
+
+  command("doctor", doctor, "show versions, devices, a matmul rate and advice")
+  return parser
+
+
+def train(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  from medattn_jax import config
+
+  page = config.load_page(flags.config, overrides(rest))
+  from medattn_jax import sharding
+  from medattn_jax.signals import Stopped
+
+  if flags.processes > 1:
+    sharding.start_processes(flags.coordinator, flags.processes, flags.process)
+  from medattn_jax import train
+
+  try:
+    train.run(page, flags.workdir)
+  except Stopped as stopped:
+    print(f"medattn: stopped by {stopped}; the same command goes on", file=sys.stderr)
+    leave(stopped.status)
+
+
+def evaluate(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax import evaluate
+
+  evaluate.run(flags.workdir, flags.data, flags.split, flags.step, flags.out)
+
+
+def explain(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax import explain
+
+  explain.run(flags.workdir, flags.data, flags.split, flags.out, flags.limit)
+
+
+def predict(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax import predictor
+
+  predictor.run(flags.workdir, flags.images, flags.out)
+
+
+def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax.data import prepare
+
+  prepare.prepare(
+      flags.source,
+      flags.input,
+      flags.data_dir,
+      full_size=flags.full_size,
+      workers=flags.workers,
+      seed=flags.seed,
+  )
+
+
+def doctor(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax import doctor
+
+  doctor.run()
+
+
+def overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+  """(key, value) of each --config.KEY=VALUE or --config.KEY VALUE; anything else is refused."""
+  found, words = [], list(rest)
+  while words:
+    word = words.pop(0)
+    if not word.startswith("--config."):
+      refuse([word])
+    key, equals, value = word.removeprefix("--config.").partition("=")
+    if not equals:
+      if not words or words[0].startswith("--"):
+        raise UserError(f"{word}: has no value; accepted: {word}=VALUE")
+      value = words.pop(0)
+    found.append((key, value))
+  return found
+
+
+def refuse(rest: Sequence[str]) -> None:
+  """Raises UserError for an argument that no command knows."""
+  if rest:
+    raise UserError(f"unknown argument {rest[0]}; accepted: the flags of medattn COMMAND --help")
+
+
+def quiet_libraries() -> None:
+  """Before TensorFlow and JAX start: only their errors are of use to a user."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def fail(message: str) -> NoReturn:
+  print(f"medattn: error: {' '.join(message.split())}", file=sys.stderr)
+  leave(2)
+
+
+def leave(status: int) -> NoReturn:
+  """Exits without waiting for library threads that may be compiling or reading still."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)

@@ -1,0 +1,291 @@
+"""Config pages: every key present, every key known, every value checked before any work."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import pathlib
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from medattn_jax.errors import UserError
+
+
+class Rule(NamedTuple):
+  """What a key accepts: a predicate on the value and its words."""
+
+  accepts: Callable[[Any], bool]
+  words: str
+
+
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def whole(low: int) -> Rule:
+  return Rule(lambda v: _is_int(v) and v >= low, f"a whole number of at least {low}")
+
+
+def number(low: float, high: float = math.inf) -> Rule:
+  words = f"a number of at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+  return Rule(lambda v: _is_number(v) and low <= v <= high, words)
+
+
+def one_of(*choices: str) -> Rule:
+  return Rule(lambda v: v in choices, "one of " + ", ".join(choices))
+
+
+def numbers(length: int | None = None) -> Rule:
+  words = f"{length} numbers" if length else "a tuple of numbers, () for none"
+  return Rule(
+      lambda v: isinstance(v, tuple | list)
+      and all(_is_number(x) for x in v)
+      and (length is None or len(v) == length),
+      words,
+  )
+
+
+TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
+SWITCH = Rule(lambda v: isinstance(v, bool), "True or False")
+
+PHASE = {
+    "steps": whole(0),
+    "learning_rate": number(0),
+    "optimizer": one_of("sgd", "adamw"),
+    "momentum": number(0, 1),
+    "weight_decay": number(0),
+    "schedule": one_of("constant", "step", "cosine"),
+    "warmup_steps": whole(0),
+    "decay_every": whole(1),
+    "decay_rate": number(0, 1),
+    "accumulation": whole(1),
+    "clip_norm": number(0),
+    "ema": number(0, 1),
+}
+
+SCHEMA = {
+    "seed": whole(0),
+    "precision": one_of("bfloat16", "float32"),
+    "model": {
+        "name": TEXT,
+        "backbone": TEXT,
+        "crop_backbone": TEXT,
+        "num_classes": Rule(lambda v: _is_int(v) and 2 <= v <= 100, "a whole number from 2 to 100"),
+        "neck_features": whole(1),
+        "attention_features": whole(1),
+        "crop_size": whole(8),
+        "num_regions": whole(1),
+        "mask_size": whole(1),
+        "mask_scope": one_of("level", "all"),
+        "coords": one_of("resize", "receptive_field"),
+        "mean": numbers(3),
+        "std": Rule(
+            lambda v: numbers(3).accepts(v) and all(x > 0 for x in v), "3 numbers above zero"
+        ),
+    },
+    "norm": {"group_size": whole(1), "momentum": number(0, 1)},
+    "data": {
+        "name": TEXT,
+        "dir": TEXT,
+        "image_size": whole(16),
+        "full_size": whole(16),
+        "batch_size": whole(1),
+        "balanced": SWITCH,
+        "synthetic": {
+            "seed": whole(0), "train": whole(1), "validation": whole(1), "test": whole(1)
+        },
+    },
+    "augment": {
+        "dihedral": SWITCH,
+        "brightness": number(0, 1),
+        "contrast": number(0, 1),
+        "colour": number(0, 1),
+    },
+    "loss": {
+        "name": one_of("cross_entropy", "focal", "mse"),
+        "class_weights": numbers(),
+        "auxiliary": number(0),
+        "focal_gamma": number(0),
+    },
+    "checkpoint": {"every": whole(1), "keep": whole(2)},
+    "evaluation": {"every": whole(1), "batch_size": whole(1), "bootstrap": whole(0)},
+    "logging": {"every": whole(1)},
+}
+
+
+def load_page(
+    path: str, overrides: Sequence[tuple[str, str]] = ()
+) -> ml_collections.ConfigDict:
+  """Runs the page `path`, applies `overrides` ((dotted key, text) pairs) and checks it all.
+
+  Raises:
+    UserError: the page is missing, broken or without get_config(); a key is unknown (the nearest
+      is named) or a value is not what the key accepts.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise UserError(f"--config={path}: no such file; accepted: a page such as configs/demo.py")
+  try:
+    page = runpy.run_path(str(file))
+  except (Exception, SystemExit) as error:
+    where = getattr(error, "lineno", None)
+    at = f" line {where}" if where else ""
+    raise UserError(f"--config={path}:{at} cannot be run: {_one_line(error)}") from error
+  if not callable(page.get("get_config")):
+    raise UserError(f"--config={path}: has no function get_config() that returns a ConfigDict")
+  try:
+    config = page["get_config"]()
+  except (Exception, SystemExit) as error:
+    raise UserError(f"--config={path}: get_config() failed: {_one_line(error)}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+        f"--config={path}: get_config() returned {type(config).__name__}, accepted: ConfigDict"
+    )
+  for key, text in overrides:
+    _override(config, key, text)
+  check(config, source=f"--config={path}")
+  return config
+
+
+def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ml_collections.ConfigDict:
+  """The ConfigDict of a nested dict, checked. Raises UserError as `load_page`."""
+  if not isinstance(values, Mapping):
+    raise UserError(f"{source}: holds {type(values).__name__}, accepted: the keys of a config page")
+  try:
+    config = ml_collections.ConfigDict(dict(values), sort_keys=False)
+  except Exception as error:
+    raise UserError(f"{source}: is no config: {_one_line(error)}") from error
+  check(config, source=source)
+  return config
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """A plain nested dict that JSON can carry: tuples become lists."""
+  return {
+      key: to_dict(value)
+      if isinstance(value, ml_collections.ConfigDict)
+      else list(value)
+      if isinstance(value, tuple)
+      else value
+      for key, value in config.items()
+  }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{dotted key: value} of a nested dict."""
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def check(config: ml_collections.ConfigDict, source: str = "config") -> None:
+  """Raises UserError unless `config` has exactly the keys of the schema with accepted values."""
+  if not isinstance(config.get("phases"), ml_collections.ConfigDict) or not config.phases.keys():
+    raise UserError(f"{source}: phases is missing; accepted: phases.<name>.steps and so on")
+  schema = SCHEMA | {"phases": {name: PHASE for name in config.phases}}
+  _check_level(config, schema, "", source)
+  weights = config.loss.class_weights
+  if len(weights) not in (0, config.model.num_classes):
+    raise UserError(
+        f"{source}: loss.class_weights has {len(weights)} numbers; accepted: () or "
+        f"model.num_classes = {config.model.num_classes} of them"
+    )
+  if any(w < 0 for w in weights):
+    raise UserError(f"{source}: loss.class_weights = {tuple(weights)}: accepted: none below zero")
+  for small, large in (("image_size", "full_size"),):
+    if config.data[small] > config.data[large]:
+      raise UserError(
+          f"{source}: data.{small} = {config.data[small]} is larger than data.{large} = "
+          f"{config.data[large]}; accepted: at most data.{large}"
+      )
+  if config.model.crop_size > config.data.full_size:
+    raise UserError(
+        f"{source}: model.crop_size = {config.model.crop_size} is larger than data.full_size = "
+        f"{config.data.full_size}; accepted: at most data.full_size"
+    )
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+  """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
+  close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+  return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _check_level(config, schema, prefix, source):
+  for key in config.keys():
+    if key not in schema:
+      raise UserError(
+          f"{source}: unknown key {prefix}{key}{nearest(key, list(schema))}; "
+          f"accepted: {', '.join(schema)}"
+      )
+  for key, rule in schema.items():
+    if key not in config:
+      raise UserError(f"{source}: the key {prefix}{key} is missing; every key must be present")
+    value = config[key]
+    if isinstance(rule, dict):
+      if not isinstance(value, ml_collections.ConfigDict):
+        raise UserError(
+            f"{source}: {prefix}{key} = {value!r}; accepted: the keys {', '.join(rule)}"
+        )
+      _check_level(value, rule, f"{prefix}{key}.", source)
+    elif not rule.accepts(value):
+      raise UserError(f"{source}: {prefix}{key} = {value!r}; accepted: {rule.words}")
+
+
+def _override(config, key, text):
+  """Sets the dotted `key` of `config` to `text`, read as the type that the key holds."""
+  flag = f"--config.{key}"
+  node, parts = config, key.split(".")
+  for depth, part in enumerate(parts):
+    known = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
+    if part not in known:
+      below = ".".join(parts[:depth])
+      every = list(flatten(to_dict(config)))
+      raise UserError(
+          f"{flag}: unknown key{nearest(key, every)}; accepted"
+          f"{' under ' + below if below else ''}: {', '.join(known) or 'nothing'}"
+      )
+    if depth < len(parts) - 1:
+      node = node[part]
+  old = node[parts[-1]]
+  if isinstance(old, ml_collections.ConfigDict):
+    raise UserError(f"{flag}: is a group of keys; accepted: {', '.join(f'{flag}.{k}' for k in old)}")
+  node.unlock()
+  with node.ignore_type():
+    node[parts[-1]] = _read(flag, text, old)
+
+
+def _read(flag, text, old):
+  if isinstance(old, str):
+    return text
+  names = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a tuple"}
+  try:
+    value = {"true": True, "false": False}.get(text.lower())
+    value = ast.literal_eval(text) if value is None else value
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    value = text
+  if isinstance(old, float) and _is_int(value):
+    value = float(value)
+  if isinstance(old, tuple | list):
+    value = tuple(value) if isinstance(value, tuple | list) else (value,)
+  if type(value) is not (tuple if isinstance(old, list) else type(old)):
+    words = names.get(type(old), type(old).__name__)
+    raise UserError(f"{flag}={text}: accepted: {words}, such as {old!r}")
+  return value
+
+
+def _one_line(error: BaseException) -> str:
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text}" if text else type(error).__name__

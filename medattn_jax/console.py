@@ -1,0 +1,47 @@
+"""What a person reads while a command works: lines on stderr, and one live line on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def say(text: str) -> None:
+  """One line on stderr."""
+  _clear()
+  print(f"medattn: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+  """One line on stderr about something skipped, guessed or changed."""
+  say(f"warning: {text}")
+
+
+class Live:
+  """A line that is overwritten on a terminal, and printed every `seconds` elsewhere."""
+
+  def __init__(self, seconds: float = 15.0):
+    self.seconds = seconds
+    self.last = -float("inf")
+
+  def show(self, text: str) -> None:
+    if sys.stderr.isatty():
+      print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif time.monotonic() - self.last >= self.seconds:
+      print(text, file=sys.stderr, flush=True)
+      self.last = time.monotonic()
+
+  def close(self) -> None:
+    _clear()
+
+
+def duration(seconds: float) -> str:
+  """1:02:03 or 4:05."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _clear() -> None:
+  if sys.stderr.isatty():
+    print("\r\x1b[K", end="", file=sys.stderr, flush=True)

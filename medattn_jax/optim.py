@@ -1,0 +1,40 @@
+"""The optimiser of a phase: schedule, clipping, update rule, from its page of plain data."""
+
+from __future__ import annotations
+
+import jax
+import ml_collections
+import optax
+
+
+def schedule(phase: ml_collections.ConfigDict) -> optax.Schedule:
+  """Learning rate by the phase's own step: linear warm-up, then constant, step or cosine."""
+  peak, warmup = phase.learning_rate, phase.warmup_steps
+  rest = max(phase.steps - warmup, 1)
+  if phase.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, rest)
+  elif phase.schedule == "step":
+    after = optax.exponential_decay(peak, phase.decay_every, phase.decay_rate, staircase=True)
+  else:
+    after = optax.constant_schedule(peak)
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def build(phase: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """SGD with momentum (the paper's) or AdamW; weight decay spares biases and norms."""
+  chain = [optax.clip_by_global_norm(phase.clip_norm)] if phase.clip_norm else []
+  rate = schedule(phase)
+
+  def kernels(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  if phase.optimizer == "adamw":
+    chain += [optax.adamw(rate, weight_decay=phase.weight_decay, mask=kernels)]
+  else:
+    if phase.weight_decay:
+      chain += [optax.add_decayed_weights(phase.weight_decay, mask=kernels)]
+    chain += [optax.sgd(rate, momentum=phase.momentum or None)]
+  return optax.chain(*chain)

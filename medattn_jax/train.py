@@ -1,0 +1,337 @@
+"""The training loop: WHEN things happen. How they happen is step.py's and experiment.py's.
+
+All phases run in one workdir. A run is resumed from its newest intact checkpoint and ends
+bit-equal to one that was never stopped, on the same devices.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from medattn_jax import config as pages
+from medattn_jax import console, evaluate, experiment, sharding
+from medattn_jax.checkpoint import Checkpoints
+from medattn_jax.data import pipeline
+from medattn_jax.errors import UserError
+from medattn_jax.experiment import Experiment
+from medattn_jax.signals import Signals, Stopped
+from medattn_jax.step import State
+from medattn_jax.workdir import MetricsLog, Workdir
+
+# What may be changed when a run goes on; the rest decides what it computes.
+FREE = ("data.dir", "checkpoint.", "evaluation.", "logging.")
+
+
+class Run(NamedTuple):
+  """What the loop works with, opened once."""
+
+  config: ml_collections.ConfigDict
+  dataset: pipeline.DataSet
+  checkpoints: Checkpoints
+  log: Log
+  signals: Signals
+
+
+def run(config: ml_collections.ConfigDict, path: str) -> None:
+  """Trains or resumes all phases of `config` in the workdir `path`, then evaluates.
+
+  Raises:
+    UserError: the workdir holds another run, another training works there, the batch does not
+      divide over the devices, the loss is not finite, the disk is full.
+    Stopped: by a signal, after a checkpoint at the current step.
+  """
+  sharding.devices()
+  experiment.check(config, jax.device_count())
+  with Signals() as signals, contextlib.ExitStack() as stack:
+    directory = Workdir(path)
+    stack.enter_context(directory.lock())
+    checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.checkpoint.keep)
+    adopt(directory, config, checkpoints)
+    keep_compiled(directory.path / "compilation_cache")
+    data = config.data
+    dataset = pipeline.open_dataset(
+        data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
+    )
+    log = stack.enter_context(Log(directory.path, config))
+    work = Run(config, dataset, checkpoints, log, signals)
+    train(work)
+    checkpoints.wait()
+    evaluate.run(path, step="best", once=True)
+
+
+def train(work: Run) -> State:
+  """Runs what is left of the phases, from the newest intact checkpoint on."""
+  now, state = resume(work)
+  order = experiment.phases(work.config)
+  for phase in order[order.index(now.phase) :]:
+    if phase != now.phase:
+      now = experiment.build(work.config, phase)
+      state = now.enter(state)
+    if int(state.step) < now.ends:
+      state = run_phase(work, now, state)
+  return state
+
+
+def run_phase(work: Run, now: Experiment, state: State) -> State:
+  """Steps to the end of the phase; checkpoints and validates when due."""
+  every, step = work.config, int(state.step)
+  updates = sharding.prefetch(host_batches(work, now, step), now.put_train)
+  compiled, first = compile_while_loading(now, updates)
+  updates = itertools.chain([first], updates)
+  work.log.begin(now, step)
+  while step < now.ends:
+    work.signals.waits = True
+    state, metrics = compiled(state, next(updates))
+    step += 1
+    validates = step % every.evaluation.every == 0 or step == now.ends
+    stops = asked_to_stop(work, step)
+    saves = validates or stops or step % every.checkpoint.every == 0
+    work.log.step(step, metrics, read_now=saves)  # else read one step late: dispatch never waits
+    if saves:
+      save(work, now, state, step, validates and not stops)
+    if stops:
+      work.checkpoints.wait()
+      work.signals.check()
+  work.signals.waits = False
+  return state
+
+
+def save(work: Run, now: Experiment, state: State, step: int, validates: bool) -> None:
+  """Validates when asked to, and writes the checkpoint; stopped while validating, it still is."""
+  meta = {
+      "step": step,
+      "phase": now.phase,
+      "phase_index": experiment.phases(work.config).index(now.phase),
+      "config": pages.to_dict(work.config),
+      "validated": False,
+      "kappa": None,
+      "thresholds": None,
+  }
+  try:
+    if validates:
+      meta |= validate(work, now, state, step)
+  except Stopped:
+    work.checkpoints.save(step, as_tree(state), meta)
+    work.checkpoints.wait()
+    raise
+  work.checkpoints.save(step, as_tree(state), meta, score=meta["kappa"])
+
+
+def validate(work: Run, now: Experiment, state: State, step: int) -> dict[str, Any]:
+  """Kappa and thresholds on the validation split, logged; empty where there is no such split."""
+  if "validation" not in work.dataset.splits:
+    return {"validated": True}
+  work.signals.waits = False  # nothing is lost here: a signal ends it at once
+  work.signals.check()
+  found = evaluate.validate(now, now.variables(state), work.dataset, work.config)
+  work.signals.waits = True
+  work.log.validation(step, found)
+  return {"validated": True, "kappa": found["kappa"], "thresholds": found["thresholds"]}
+
+
+def resume(work: Run) -> tuple[Experiment, State]:
+  """The newest intact checkpoint's phase and state, or the beginning."""
+
+  def restore(step):
+    meta = work.checkpoints.meta(step)
+    now = experiment.build(work.config, meta["phase"])
+    tree, meta = work.checkpoints.restore(step, as_tree(now.abstract_state))
+    return now, State(**tree), meta
+
+  found = work.checkpoints.newest_intact(restore)
+  if found is None:
+    now = experiment.build(work.config, experiment.phase_at(work.config, 0))
+    work.log.truncate_after(0)
+    return now, now.initial()
+  now, state, meta = found
+  step = int(state.step)
+  work.log.truncate_after(step, validation=meta["validated"])
+  if step < experiment.total_steps(work.config):
+    console.say(f"resuming at step {step} of phase {now.phase}")
+  else:
+    console.say(f"all {step} steps are done: nothing to train")
+  due = step == now.ends or step % work.config.evaluation.every == 0
+  if due and not meta["validated"]:  # it was stopped while validating
+    work.checkpoints.drop(step)
+    save(work, now, state, step, validates=True)
+  return now, state
+
+
+def adopt(directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> None:
+  """Makes `config` the workdir's, unless work is there that another config began."""
+  asked = pages.to_dict(config)
+  if checkpoints.any():
+    done = checkpoints.newest_meta()
+    held = done["config"] if done else directory.read_config()
+    refuse_other_run(directory.path, asked, held, done["step"] if done else 0)
+  directory.write_config(asked)
+
+
+def refuse_other_run(path: pathlib.Path, asked: dict, held: dict, step: int) -> None:
+  """Raises UserError naming the first key in which `asked` would begin another run than `held`.
+
+  Free to change: where the data lies; how often is saved, validated and logged; the pages of
+  phases that have not begun; the steps of a phase whose schedule does not depend on them.
+  """
+  old, new = pages.flatten(held), pages.flatten(asked)
+  same_phases = held["phases"].keys() == asked["phases"].keys()
+  free = free_keys(held, asked, step) if same_phases else FREE
+  for key in sorted(old.keys() | new.keys()):
+    if old.get(key) == new.get(key) or key.startswith(free):
+      continue
+    raise UserError(
+        f"{path}: holds a run of {step} steps with {key} = {old.get(key)!r}, not "
+        f"{new.get(key)!r}; accepted: the same value, or another --workdir"
+    )
+
+
+def free_keys(held: dict, asked: dict, step: int) -> tuple[str, ...]:
+  """Prefixes of the keys that may change at `step`: they decide nothing that is done already."""
+  config = pages.from_dict(held)
+  free, begins = FREE, 0
+  for name in experiment.phases(config):
+    page = config.phases[name]
+    if begins >= step:
+      free += (f"phases.{name}.",)
+    elif page.schedule != "cosine" and begins + asked["phases"][name]["steps"] >= step:
+      free += (f"phases.{name}.steps",)  # more steps: the rates so far stay what they were
+    begins += page.steps
+  return free
+
+
+def keep_compiled(folder: pathlib.Path) -> None:
+  """Compiled programs of this run are kept in its workdir: a second start compiles nothing."""
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def host_batches(work: Run, now: Experiment, step: int) -> Iterator[list[dict]]:
+  """The small batches of each update from `step` on, in the run's one order over all phases."""
+  accumulation = now.page.accumulation
+  done = sum(
+      work.config.phases[name].steps * work.config.phases[name].accumulation
+      for name in itertools.takewhile(lambda n: n != now.phase, experiment.phases(work.config))
+  )
+  data = work.config.data
+  batches = pipeline.train_batches(
+      work.dataset,
+      "train",
+      batch_size=data.batch_size,
+      full_size=data.full_size,
+      seed=work.config.seed,
+      start_step=done + (step - now.begins) * accumulation,
+      balanced=data.balanced,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+  )
+  while True:
+    yield list(itertools.islice(batches, accumulation))
+
+
+def compile_while_loading(now: Experiment, updates: Iterator[Any]) -> tuple[Any, Any]:
+  """The compiled step and the first update: the pipeline warms up while XLA works."""
+  start = time.monotonic()
+  with concurrent.futures.ThreadPoolExecutor(1) as background:
+    compiling = background.submit(lambda: now.lower_train_step().compile())
+    first = next(updates)
+    compiled = compiling.result()
+  console.say(f"phase {now.phase}: step compiled in {time.monotonic() - start:.1f} s")
+  return compiled, first
+
+
+def asked_to_stop(work: Run, step: int) -> bool:
+  """Whether a signal has come, to any process: all of them must stop at the same step."""
+  if jax.process_count() == 1:
+    return bool(work.signals.number)
+  if step % work.config.logging.every:
+    return False
+  return sharding.any_process(bool(work.signals.number))
+
+
+def as_tree(state: State) -> dict[str, Any]:
+  return {name: getattr(state, name) for name in State.__dataclass_fields__}
+
+
+class Log:
+  """metrics.jsonl, TensorBoard events and the live line; watches that the loss is finite."""
+
+  def __init__(self, path: pathlib.Path, config: ml_collections.ConfigDict):
+    self.config, self.path = config, path
+    self.lines = MetricsLog(path / "metrics.jsonl") if jax.process_index() == 0 else None
+    self.live = console.Live()
+    self.late = None
+
+  def __enter__(self) -> Log:
+    from clu import metric_writers  # imports TensorFlow
+
+    self.events = metric_writers.SummaryWriter(str(self.path / "tensorboard"))
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.live.close()
+    if self.lines:
+      self.lines.close()
+    self.events.close()
+
+  def truncate_after(self, step: int, validation: bool = True) -> None:
+    if self.lines:
+      self.lines.truncate_after(step)
+
+  def begin(self, now: Experiment, step: int) -> None:
+    self.now, self.late = now, None
+    self.since, self.since_step = time.monotonic(), step
+
+  def step(self, step: int, metrics: dict[str, jax.Array], *, read_now: bool) -> None:
+    """Reads the step before this one; with `read_now` this one too."""
+    if self.late:
+      self._read(*self.late)
+    self.late = (step, metrics)
+    if read_now:
+      self._read(*self.late)
+      self.late = None
+
+  def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    if not all(map(math.isfinite, values.values())):
+      raise UserError(
+          f"loss {values['loss']}, norm of the parameters {values['parameter_norm']} at step {step} "
+          f"of phase {self.now.phase}: accepted: finite ones. Lower phases.{self.now.phase}."
+          "learning_rate, or set its clip_norm, and begin in a new --workdir"
+      )
+    if step % self.config.logging.every and step != self.now.ends:
+      return
+    page, data = self.now.page, self.config.data
+    now = time.monotonic()
+    images = 2 * data.batch_size * page.accumulation * (step - self.since_step)
+    rate = images / (now - self.since)
+    self.since, self.since_step = now, step
+    values["learning_rate"] = float(self.now.learning_rate(step - 1 - self.now.begins))
+    self._write(step, values | {"images_per_second": rate})
+    seconds = 2 * data.batch_size * page.accumulation * (self.now.ends - step) / rate
+    self.live.show(
+        f"phase {self.now.phase}  step {step}/{self.now.ends}  loss {values['loss']:.4f}  "
+        f"accuracy {values['accuracy']:.3f}  {rate:.1f} images/s  "
+        f"phase ends in {console.duration(seconds)}"
+    )
+
+  def validation(self, step: int, found: dict[str, Any]) -> None:
+    scalars = {f"validation_{k}": v for k, v in found.items() if isinstance(v, float)}
+    self._write(step, scalars)
+    words = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
+    console.say(f"phase {self.now.phase}  step {step}  validation: {words}")
+    self.since, self.since_step = time.monotonic(), step  # its time is not the steps'
+
+  def _write(self, step: int, values: dict[str, float]) -> None:
+    if self.lines:
+      self.lines.write({"step": step, "phase": self.now.phase, **values})
+      self.events.write_scalars(step, values)
