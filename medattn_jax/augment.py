@@ -44,11 +44,6 @@ def draw(
   return jax.vmap(one)(examples)
 
 
-def identity(n: int) -> Draw:
-  """The draw that changes nothing."""
-  return Draw(jnp.zeros((n, 3), bool), jnp.ones((n, 3)), jnp.zeros((n, 3)))
-
-
 def dihedral(images: UInt8[Array, "n s s c"], flips: Bool[Array, "n 3"]) -> UInt8[Array, "n s s c"]:
   """Flips rows, then columns, then transposes, each where its bit is set. Squares only."""
   rows, columns, transpose = (flips[:, i, None, None, None] for i in range(3))

@@ -139,8 +139,8 @@ def make_train_step(
     metrics = {
         "loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-8),
         "accuracy": sums["hits"] / images,
-        "gradient_norm": optax.global_norm(grads),
-        "parameter_norm": optax.global_norm(params),
+        "gradient_norm": optax.tree.norm(grads),
+        "parameter_norm": optax.tree.norm(params),
     }
     state = State(
         step=state.step + 1,

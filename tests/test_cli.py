@@ -1,0 +1,46 @@
+"""Mistakes are one line and exit status 2; help is quick."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "medattn_jax"]
+
+
+def medattn(*arguments):
+  return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fly"], "train"),
+        ([], "COMMAND"),
+        (["train", "--config=configs/smoke.py"], "--workdir"),
+        (["train", "--config=nowhere.py", "--workdir=w"], "nowhere.py"),
+        (["train", "--config=configs/smoke.py", "--workdir=w", "--conf.x=1"], "--conf.x=1"),
+        (["train", "--config=configs/smoke.py", "--workdir=w", "stray"], "stray"),
+        (["train", "--config=configs/smoke.py", "--workdir=w", "--config.seed"], "--config.seed=VALUE"),
+        (["train", "--config=configs/smoke.py", "--workdir=w", "--config.seeed=1"], "did you mean seed"),
+        (["evaluate", "--workdir=w", "--limit=3"], "--limit=3"),
+        (["explain", "--workdir=w", "--limit=x"], "--limit"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments, words):
+  done = medattn(*arguments)
+  assert done.returncode == 2
+  assert done.stderr.startswith("medattn: error: ") and done.stderr.count("\n") == 1
+  assert words in done.stderr
+
+
+def test_help_names_every_command_within_a_second():
+  start = time.monotonic()
+  done = medattn("--help")
+  seconds = time.monotonic() - start
+  assert done.returncode == 0
+  for command in ("train", "evaluate", "explain", "predict", "prepare", "doctor"):
+    assert command in done.stdout
+  assert "no medical device" in done.stdout
+  assert seconds < 1

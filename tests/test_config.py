@@ -1,0 +1,103 @@
+"""Every key present, every key known, every value checked, and mistakes answered in one line."""
+
+import json
+import pathlib
+
+import pytest
+
+from medattn_jax import config
+from medattn_jax.errors import UserError
+
+PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+SMOKE = str(PAGES[0].with_name("smoke.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_page_survives_json(page):
+  loaded = config.load_page(str(page))
+  again = config.from_dict(json.loads(json.dumps(config.to_dict(loaded))))
+  assert config.to_dict(again) == config.to_dict(loaded)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_page_states_command_hardware_time_and_score(page):
+  doc = page.read_text().split('"""')[1]
+  for word in ("Command:", "Hardware:", "Time:", "Score:"):
+    assert word in doc
+
+
+def test_overrides_take_the_type_of_the_key():
+  loaded = config.load_page(
+      SMOKE,
+      [
+          ("data.batch_size", "16"),
+          ("phases.m.learning_rate", "1"),
+          ("data.balanced", "true"),
+          ("loss.class_weights", "(1, 1, 1, 2, 2)"),
+          ("data.name", "12"),
+      ],
+  )
+  assert loaded.data.batch_size == 16
+  assert isinstance(loaded.phases.m.learning_rate, float)
+  assert loaded.data.balanced is True
+  assert loaded.loss.class_weights == (1, 1, 1, 2, 2)
+  assert loaded.data.name == "12"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.batchsize", "3", "did you mean data.batch_size"),
+        ("phases.m.learning_rte", "3", "did you mean phases.m.learning_rate"),
+        ("data", "3", "a group of keys"),
+        ("seed.deeper", "3", "unknown key"),
+        ("data.batch_size", "x", "a whole number"),
+        ("data.batch_size", "1.5", "a whole number"),
+        ("data.batch_size", "0", "at least 1"),
+        ("data.batch_size", "-4", "at least 1"),
+        ("data.balanced", "2", "True or False"),
+        ("phases.m.learning_rate", "nan", "a number"),
+        ("phases.m.learning_rate", "-1", "at least 0"),
+        ("model.std", "(0, 1, 1)", "above zero"),
+        ("precision", "float64", "bfloat16, float32"),
+        ("loss.class_weights", "(1, 2)", "model.num_classes"),
+        ("data.image_size", "4000", "data.full_size"),
+        ("model.crop_size", "4000", "data.full_size"),
+    ],
+)
+def test_wrong_overrides_name_key_and_what_is_accepted(key, value, words):
+  with pytest.raises(UserError) as caught:
+    config.load_page(SMOKE, [(key, value)])
+  message = str(caught.value)
+  assert words in message and key.split(".")[-1] in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:\n", "line 1"),
+        ("import nowhere_to_be_found\n", "ModuleNotFoundError"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n  return {}\n", "ConfigDict"),
+        ("def get_config():\n  return 1 / 0\n", "ZeroDivisionError"),
+        ("raise SystemExit(0)\n", "SystemExit"),
+    ],
+)
+def test_broken_pages_are_named(tmp_path, text, words):
+  page = tmp_path / "page.py"
+  page.write_text(text)
+  with pytest.raises(UserError) as caught:
+    config.load_page(str(page))
+  assert words in str(caught.value) and "page.py" in str(caught.value)
+  with pytest.raises(UserError, match="no such file"):
+    config.load_page(str(tmp_path / "other.py"))
+
+
+def test_a_missing_and_a_surplus_key_are_named(tmp_path):
+  values = config.to_dict(config.load_page(SMOKE))
+  del values["norm"]["momentum"]
+  with pytest.raises(UserError, match=r"norm.momentum is missing"):
+    config.from_dict(values)
+  values["norm"] |= {"momentum": 0.9, "epsilon": 1}
+  with pytest.raises(UserError, match=r"unknown key norm.epsilon"):
+    config.from_dict(values)

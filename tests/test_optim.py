@@ -1,0 +1,54 @@
+"""Schedules hit their stated points; SGD is the textbook's."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from medattn_jax import optim
+
+
+def page(**changes):
+  values = dict(
+      steps=100, learning_rate=0.1, optimizer="sgd", momentum=0.9, weight_decay=0.0,
+      schedule="constant", warmup_steps=0, decay_every=20, decay_rate=0.1, accumulation=1,
+      clip_norm=0.0, ema=0.0,
+  )  # fmt: skip
+  return ml_collections.ConfigDict(values | changes)
+
+
+def test_schedules():
+  step = optim.schedule(page(schedule="step"))
+  np.testing.assert_allclose([step(0), step(19), step(20), step(40)], [0.1, 0.1, 0.01, 1e-3], rtol=1e-5)
+  cosine = optim.schedule(page(schedule="cosine", warmup_steps=10))
+  assert cosine(0) == pytest.approx(0.01) and cosine(9) == pytest.approx(0.1)
+  assert cosine(10) == pytest.approx(0.1) and cosine(55) == pytest.approx(0.05, rel=1e-3)
+  assert cosine(100) == pytest.approx(0.0, abs=1e-6)
+  assert optim.schedule(page(warmup_steps=1))(0) == pytest.approx(0.1)
+
+
+def test_sgd_with_momentum_is_the_papers():
+  optimizer = optim.build(page())
+  params = {"w": jnp.ones(2)}
+  state, velocity, w = optimizer.init(params), np.zeros(2), np.ones(2)
+  for gradient in (np.array([1.0, 2.0]), np.array([-1.0, 0.5])):
+    updates, state = optimizer.update({"w": jnp.array(gradient, jnp.float32)}, state, params)
+    velocity = 0.9 * velocity + gradient
+    w = w - 0.1 * velocity
+    params = {"w": params["w"] + updates["w"]}
+    np.testing.assert_allclose(params["w"], w, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_spares_vectors(optimizer):
+  built = optim.build(page(optimizer=optimizer, weight_decay=0.5))
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  zeros = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+  updates, _ = built.update(zeros, built.init(params), params)
+  assert (updates["kernel"] < 0).all() and (updates["bias"] == 0).all()
+
+
+def test_clipping_bounds_the_norm():
+  built = optim.build(page(clip_norm=1.0, momentum=0.0, learning_rate=1.0))
+  updates, _ = built.update({"w": jnp.array([30.0, 40.0])}, built.init({"w": jnp.ones(2)}))
+  np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-5)

@@ -1,0 +1,177 @@
+"""The step on a small two-branch model: one all-reduce, the same numbers on any device count."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medattn_jax import sharding
+from medattn_jax.step import State, make_eval_step, make_train_step
+
+LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.3, "focal_gamma": 2.0}
+STILL = {"dihedral": False, "brightness": 0.0, "contrast": 0.0, "colour": 0.0}
+MOVING = {"dihedral": True, "brightness": 0.1, "contrast": 0.2, "colour": 0.1}
+
+
+class Branch(nn.Module):
+  """A convolution with running statistics of its own examples, and a head."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.relu(nn.Conv(4, (3, 3))(x))
+    mean = self.variable("batch_stats", "mean", jnp.zeros, 4)
+    if train:
+      mean.value = 0.9 * mean.value + 0.1 * x.mean((0, 1, 2))
+    return nn.Dense(5)(x.mean((1, 2)))
+
+
+class Two(nn.Module):
+  @nn.compact
+  def __call__(self, image, *, gain=None, bias=None, train=False):
+    eyes = image.shape[:2]
+    x = image.reshape(-1, *image.shape[2:]) / 255.0
+    if gain is not None:
+      x = x * gain.reshape(-1, 1, 1, 3) + bias.reshape(-1, 1, 1, 3)
+    y, z = (Branch(name=n)(x, train).reshape(*eyes, 5) for n in ("first", "second"))
+    return y + z, {"y": y, "z": z}
+
+
+def batch(accumulation=1, patients=8, seed=0):
+  rng = np.random.default_rng(seed)
+  mask = np.ones((accumulation, patients, 2), np.float32)
+  mask[:, 0, 1] = 0
+  return {
+      "image": rng.integers(0, 256, (accumulation, patients, 2, 8, 8, 3), np.uint8),
+      "level": rng.integers(0, 5, (accumulation, patients, 2)).astype(np.int32),
+      "mask": mask,
+  }
+
+
+def make(devices, *, trained=("first", "second"), augmentation=MOVING, ema=0.0, rate=0.1):
+  mesh = sharding.mesh(jax.devices()[:devices])
+  model, optimizer = Two(), optax.sgd(rate, momentum=0.9)
+  variables = model.init(jax.random.key(0), np.zeros((1, 2, 8, 8, 3), np.uint8))
+  params, stats = variables["params"], variables["batch_stats"]
+  opt_state = optimizer.init({name: params[name] for name in trained})
+  average = jax.tree.map(jnp.copy, params) if ema else None
+  state = State(jnp.zeros((), jnp.int32), params, stats, opt_state, average)
+  step = make_train_step(
+      model.apply, optimizer, mesh, seed=7, trained=trained, answers=("logits", "y", "z"),
+      loss=LOSS, augmentation=augmentation, ema=ema,
+  )  # fmt: skip
+  return step, jax.device_put(state, sharding.replicated(mesh)), mesh
+
+
+def run(devices, batches, **options):
+  step, state, mesh = make(devices, **options)
+  losses = []
+  for host in batches:
+    state, metrics = step(state, sharding.put(host, sharding.batched(mesh, axis=1)))
+    losses.append(float(metrics["loss"]))
+  return jax.device_get(state), losses
+
+
+def assert_close(a, b, **tolerance):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, **tolerance)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_any_device_count_gives_the_same_numbers(devices):
+  batches = [batch(seed=s) for s in range(3)]
+  one, one_losses = run(1, batches)
+  many, many_losses = run(devices, batches)
+  np.testing.assert_allclose(one_losses, many_losses, rtol=1e-6)
+  assert_close(one, many, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_microbatches_equal_one_batch():
+  small = batch(accumulation=4, patients=2)
+  whole = {k: v.reshape(1, 8, *v.shape[2:]) for k, v in small.items()}
+  accumulated, losses = run(1, [small])
+  at_once, loss = run(1, [whole])
+  np.testing.assert_allclose(losses, loss, rtol=1e-6)
+  assert_close(accumulated.params, at_once.params, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_is_that_of_the_mean_loss_of_what_counts():
+  host = batch()
+  state, _ = run(1, [host], augmentation=STILL, rate=1.0)
+  first = make(1, augmentation=STILL)[1]
+
+  def mean_loss(params):
+    variables = {"params": params, "batch_stats": first.batch_stats}
+    logits, out = Two().apply(variables, host["image"][0])
+    counts = host["mask"][0]
+    loss = 0
+    for weight, answer in ((1, logits), (0.3, out["y"]), (0.3, out["z"])):
+      each = optax.softmax_cross_entropy_with_integer_labels(answer, host["level"][0])
+      loss += weight * (each * counts).sum() / counts.sum()
+    return loss
+
+  expected = jax.tree.map(lambda p, g: p - g, first.params, jax.grad(mean_loss)(first.params))
+  assert_close(state.params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_masked_examples_change_nothing():
+  host, other = batch(), batch()
+  other["level"][:, 0, 1] = (other["level"][:, 0, 1] + 1) % 5
+  other["image"][:, 0, 1] = 0
+  (a, loss), (b, other_loss) = (run(1, [h], augmentation=STILL) for h in (host, other))
+  assert loss == other_loss
+  assert_close(a.params, b.params, rtol=0)
+
+
+def test_a_fixed_branch_stays_bit_equal():
+  _, state, _ = make(8, trained=("second",))
+  after, _ = run(8, [batch(seed=s) for s in range(3)], trained=("second",))
+  assert_close(after.params["first"], state.params["first"], rtol=0)
+  assert_close(after.batch_stats["first"], state.batch_stats["first"], rtol=0)
+  assert not np.array_equal(
+      after.params["second"]["Conv_0"]["kernel"], state.params["second"]["Conv_0"]["kernel"]
+  )
+  assert "first" not in after.opt_state[0].trace
+
+
+def test_the_average_follows_the_params():
+  after, _ = run(1, [batch(seed=s) for s in range(3)], ema=0.9)
+  start = make(1, ema=0.9)[1]
+  mean, p = start.params, start.params
+  step, state, mesh = make(1, ema=0.9)
+  for age, seed in enumerate(range(3)):
+    state, _ = step(state, sharding.put(batch(seed=seed), sharding.batched(mesh, axis=1)))
+    p, decay = jax.device_get(state.params), min(0.9, (1 + age) / (10 + age))
+    mean = jax.tree.map(lambda m, q, d=decay: d * m + (1 - d) * q, mean, p)
+  assert_close(after.ema, mean, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_compiled_program_has_one_all_reduce_outside_loops_and_donates_its_state(accumulation):
+  step, state, mesh = make(8, ema=0.9)
+  put = sharding.put(batch(accumulation), sharding.batched(mesh, axis=1))
+  text = step.lower(state, put).compile().as_text()
+  found = re.findall(r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+  assert found == ["all-reduce"]
+  entry = text[text.index("\nENTRY") :]
+  assert " all-reduce(" in entry or " all-reduce-start(" in entry
+  aliases = len(re.findall(r"(?:may|must)-alias\)", text[: text.index("\n")]))
+  assert aliases == len(jax.tree.leaves(state))
+
+
+def test_eval_step_gives_each_patient_its_answers_without_a_collective():
+  mesh = sharding.mesh()
+  model = Two()
+  variables = model.init(jax.random.key(0), np.zeros((1, 2, 8, 8, 3), np.uint8))
+  images = batch()["image"][0]
+  step = make_eval_step(model.apply, mesh, ("y",))
+  put = sharding.put({"x": images}, sharding.batched(mesh))["x"]
+  answers = step(variables, put)
+  logits, out = model.apply(variables, images)
+  np.testing.assert_allclose(answers["logits"], logits, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(answers["y"], out["y"], rtol=1e-5, atol=1e-6)
+  assert set(answers) == {"logits", "y"}
+  assert "all-" not in step.lower(variables, put).compile().as_text().replace("all-true", "")
