@@ -1,0 +1,35 @@
+"""The data sets there are, by name, and where they lie. Knows no TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+
+from medattn_jax.data import schema
+from medattn_jax.errors import UserError
+
+PREPARED = ("csv",)  # by `medattn prepare --source=NAME`
+DRAWN = ("synthetic_fundus",)  # made on first use
+NAMES = PREPARED + DRAWN
+
+
+def find(name: str) -> pathlib.Path:
+  """The folder of the one set that the folder `name` is or holds.
+
+  Raises UserError where `name` is neither a known data set nor such a folder.
+  """
+  folder = pathlib.Path(name)
+  if not folder.is_dir():
+    close = difflib.get_close_matches(name, NAMES, 1, 0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"data set {name!r} is neither known ({', '.join(NAMES)}) nor a folder{hint}")
+  found = [path.parent for pattern in ("", "*/", "*/*/", "*/*/*/")
+           for path in sorted(folder.glob(f"{pattern}index.json"))]
+  found = [path for path in found if path.name == schema.VERSION]
+  if not found:
+    raise UserError(f"{folder} holds no data set: make one with `medattn prepare --source=csv "
+                    f"--input=DIR --data-dir={folder}`")
+  if len(found) > 1:
+    names = ", ".join(str(path) for path in found)
+    raise UserError(f"{folder} holds more than one data set: name one of {names}")
+  return found[0]
