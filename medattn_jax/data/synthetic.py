@@ -14,20 +14,16 @@ dust like haemorrhages and microaneurysms, a pale large blot like a tangle of ne
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
+from PIL import Image
 
 from medattn_jax.data import synthetic_eye as eye_
+from medattn_jax.data.schema import TYPES
 from medattn_jax.data.synthetic_eye import UNIT
 
-TYPES = (
-  "microaneurysm",
-  "haemorrhage",
-  "hard_exudate",
-  "cotton_wool_spot",
-  "neovascularisation",
-)
-MICROANEURYSM, HAEMORRHAGE, HARD_EXUDATE, COTTON_WOOL_SPOT, NEOVASCULARISATION = range(5)
+MICROANEURYSM, HAEMORRHAGE, HARD_EXUDATE, COTTON_WOOL_SPOT, NEOVASCULARISATION = range(len(TYPES))
 
 # Where the levels 1–4 begin in the severity of an eye, as quantiles: about 38, 16, 22, 12, 12 %.
 LEVEL_STARTS = (-0.305, 0.100, 0.706, 1.175)
@@ -122,6 +118,28 @@ def draw_patient(seed: int, patient: int, size: int) -> Patient:
     image = paint(anatomy, camera, marks, size, [seed, patient, i, 4])
     eyes.append(_finish(image, anatomy, marks, name, f"{patient:05d}_{name}"))
   return Patient(f"{patient:05d}", tuple(eyes))
+
+
+def draw_example(seed: int, patient: int, size: int, quality: int = 92) -> dict:
+  """A patient as an example of data/schema.py, the photographs as JPEG (without subsampling)."""
+  drawn = draw_patient(seed, patient, size)
+  images = []
+  for one in drawn.eyes:
+    buffer = io.BytesIO()
+    Image.fromarray(one.image).save(buffer, "JPEG", quality=quality, subsampling=0)
+    images.append(buffer.getvalue())
+  return {
+    "patient": drawn.patient,
+    "images": images,
+    "image_ids": [one.image_id for one in drawn.eyes],
+    "eyes": [one.eye for one in drawn.eyes],
+    "levels": [one.level for one in drawn.eyes],
+    "boxes": [
+      {"eye": i, "type": int(type_), "box": box}
+      for i, one in enumerate(drawn.eyes)
+      for type_, box in zip(one.types, one.boxes, strict=True)
+    ],
+  }
 
 
 def _finish(image, anatomy, marks, name, image_id) -> Eye:
