@@ -25,6 +25,7 @@ from medattn_jax.workdir import Workdir
 # What config.json and the checkpoint's own config must agree on: it decides the answers.
 _DECISIVE = ("model", "norm", "data.image_size", "data.full_size")
 _MAX_METRICS_BYTES = 16 << 20
+ROUNDING = "rounding, none were tuned"
 
 
 class Trained(NamedTuple):
@@ -106,7 +107,8 @@ def _fits(variables: dict[str, Any], now: experiment.Experiment, where: pathlib.
   for name in sorted(shapes[0].keys() | shapes[1].keys()):
     held, needed = (found.get(name, "nothing") for found in shapes)
     if held != needed:
-      raise UserError(f"{where}: holds {held} at {name} where the model of config.json has {needed}")
+      raise UserError(
+        f"{where}: holds {held} at {name} where the model of config.json has {needed}")
 
 
 def _thresholds(
@@ -124,7 +126,7 @@ def _thresholds(
         return found, "the workdir's evaluation"
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
     pass  # None there, or not one that can be believed.
-  return metrics.start_thresholds(num_classes), "rounding, none were tuned"
+  return metrics.start_thresholds(num_classes), ROUNDING
 
 
 def _valid(thresholds: Any, num_classes: int) -> np.ndarray | None:

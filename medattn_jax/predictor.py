@@ -1,0 +1,369 @@
+"""Grades photographs with a trained model: files, folders or arrays. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from medattn_jax import console, experiment, files, metrics, trained
+from medattn_jax.data import preprocess
+from medattn_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm")
+_SIDE = re.compile(r"(?P<patient>.+)_(?P<eye>left|right)", re.IGNORECASE)
+_ACCEPTED = ("a uint8 array [N, H, W, 3] with N > 0, a sequence of uint8 arrays [H, W, 3], or "
+             "paths of image files and folders")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Answers for N photographs, in the order they were given.
+
+  Attributes:
+    images: names; the paths of files, "0", "1", … for arrays.
+    probabilities: float64 [N, C].
+    score: float64 [N]; the expected grade.
+    grade: int64 [N]; the decision, score through the model's thresholds.
+    boxes: int32 [N, num, 4]; y0, x0, y1, x1 of the regions, strongest first, in pixels of the
+      prepared photograph (config.data.full_size square). None where the model has no regions.
+    attention: float32 [N, h, w, C]; gated attention maps. None where the model has none.
+    rejected: (name, reason) of the photographs that could not be graded; they have no row.
+  """
+
+  images: tuple[str, ...]
+  probabilities: np.ndarray
+  score: np.ndarray
+  grade: np.ndarray
+  boxes: np.ndarray | None
+  attention: np.ndarray | None
+  rejected: tuple[tuple[str, str], ...]
+
+
+class Model:
+  """A trained model that grades. Made by `load`.
+
+  Attributes:
+    variables: {"params", "batch_stats"} as arrays.
+    config: the run's ConfigDict.
+    step: of the checkpoint.
+    thresholds: float64 [C-1]; the decision on the expected grade.
+  """
+
+  def __init__(self, opened: trained.Trained):
+    self.variables, self.config, self.step = opened.variables, opened.config, opened.step
+    self.thresholds = opened.thresholds
+    self._experiment = opened.experiment
+
+  def predict(self, images: Any) -> Result:
+    """Grades photographs.
+
+    An array that is [full_size, full_size, 3] already is taken as it is; any other, and every
+    file, is prepared as the training data were: black border cropped, padded to a square, resized.
+
+    The network sees both eyes of a patient. Files of one folder named NN_left and NN_right are a
+    pair; any other photograph, and every array, is its own fellow, as in training where an eye is
+    missing.
+
+    Args:
+      images: uint8 [N, H, W, 3] or a sequence of uint8 [H, W, 3]; or one path or a sequence of
+        paths of files and folders. Folders are searched to the bottom.
+
+    Returns:
+      A Result. What could not be read is in `rejected`, and said on stderr.
+
+    Raises:
+      UserError: an argument that is none of these, a path that is not there, or nothing that can
+        be graded.
+    """
+    paths = _paths(images)
+    if paths is not None:
+      found, rejected = _expand(paths)
+      names = [name for name, _ in found]
+      return self._grade(names, lambda i: preprocess.load_photograph(found[i][1]),
+                         _pairs([path for _, path in found]), rejected)
+    arrays = _arrays(images)
+    return self._grade([str(i) for i in range(len(arrays))], lambda i: arrays[i],
+                       [(i, i) for i in range(len(arrays))], [])
+
+  def _grade(
+    self, names: Sequence[str], read: Callable[[int], np.ndarray],
+    pairs: Sequence[tuple[int, int]], rejected: list[tuple[str, str]],
+  ) -> Result:
+    size = self.config.data.full_size
+
+    def photograph(index: int) -> np.ndarray | str:
+      """The prepared photograph, or why there is none."""
+      try:
+        image = read(index)
+        whole = image.shape == (size, size, 3)
+        return image if whole else preprocess.prepare_photograph(image, size)
+      except preprocess.BadImage as bad:
+        return str(bad)
+
+    bad: dict[int, str] = {}
+    answers: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
+    # Rounded up to a power of two: a few compiled sizes serve every number of photographs.
+    batch = min(self.config.evaluation.batch_size, 1 << (len(pairs) - 1).bit_length())
+    batches = _batches(pairs, photograph, batch, size, bad)
+    for given, out in experiment.predictions(self._experiment, self.variables, batches):
+      for row, pair in enumerate(given["pairs"]):
+        for eye, index in enumerate(pair):
+          if index is not None:
+            for name in ("logits", "boxes", "G"):
+              if name in out:
+                answers[name][index] = out[name][row, eye]
+    rejected = rejected + [(names[index], bad[index]) for index in sorted(bad)]
+    for name, reason in rejected:
+      console.warn(f"{shown(name)}: {reason}; not graded")
+    graded = sorted(answers["logits"])
+    if not graded:
+      name, reason = rejected[0] if rejected else ("the folder", "holds no image file")
+      others = f" (and {len(rejected) - 1} more like it)" if len(rejected) > 1 else ""
+      raise UserError(f"{shown(name)}: {reason}{others}; accepted: photographs as "
+                      f"{', '.join(SUFFIXES)}")
+    column = lambda name: np.stack([answers[name][i] for i in graded]) if answers[name] else None
+    logits = column("logits")
+    if not np.isfinite(logits).all():
+      raise UserError(f"step {self.step}: the model's answers are not finite numbers; accepted: a "
+                      "checkpoint of a training that did not diverge")
+    probabilities = metrics.probabilities_of(logits)
+    score = metrics.expected_grade(probabilities)
+    return Result(
+      tuple(names[i] for i in graded), probabilities, score,
+      metrics.decide(score, self.thresholds), column("boxes"), column("G"), tuple(rejected))
+
+
+def load(
+  workdir: str | os.PathLike, step: str | int = "best", devices: Sequence[Any] | None = None
+) -> Model:
+  """Opens the trained model of a workdir, on any number of devices.
+
+  Args:
+    workdir: a folder `medattn train` made.
+    step: "best", "last" or a number.
+    devices: where to answer; all by default.
+
+  Raises:
+    UserError: no workdir, no such checkpoint, or a damaged one.
+  """
+  opened = trained.open_workdir(workdir, step, devices)
+  if opened.thresholds_from == trained.ROUNDING:
+    console.say("no thresholds were tuned for this checkpoint: grades are rounded scores")
+  return Model(opened)
+
+
+def run(workdir: str, images: Sequence[str], out: str | None = None) -> None:
+  """`medattn predict`: writes `image,grade,score,p0,…` to `out`, or to stdout.
+
+  Raises:
+    UserError: nothing could be graded; nothing was written.
+  """
+  if out is not None:
+    _check_out(pathlib.Path(out), images)
+  _modes(images)  # A path that is not there is said before the model is loaded.
+  result = load(workdir).predict(list(images))
+  text = predictions_csv(result).encode("utf-8", "backslashreplace")
+  if out is not None:
+    files.write_bytes(out, text)
+  else:
+    try:
+      sys.stdout.buffer.write(text)
+      sys.stdout.flush()
+    except BrokenPipeError:  # `medattn predict … | head` has read what it wanted.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  console.say(f"{len(result.images)} graded, {len(result.rejected)} not"
+              + (f"; written to {out}" if out is not None else ""))
+
+
+def predictions_csv(result: Result) -> str:
+  """`image,grade,score,p0,…`, a row a photograph; numbers read back exactly."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["image", "grade", "score"]
+                  + [f"p{level}" for level in range(result.probabilities.shape[1])])
+  writer.writerows(
+    [name, grade, repr(float(score)), *(repr(float(p)) for p in row)]
+    for name, grade, score, row in zip(
+      result.images, result.grade, result.score, result.probabilities, strict=True))
+  return text.getvalue()
+
+
+def shown(name: str) -> str:
+  """A name as one printable line: control characters escaped."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _check_out(out: pathlib.Path, images: Sequence[str]) -> None:
+  parent = out.absolute().parent
+  if out.is_dir() or not parent.is_dir():
+    raise UserError(f"--out={out}: {'is a folder' if out.is_dir() else f'no folder {parent}'}; "
+                    "accepted: a file to write, in a folder that is there")
+  if not os.access(parent, os.W_OK | os.X_OK):
+    raise UserError(f"--out={out}: {parent} cannot be written to; accepted: a file to write")
+  if out.suffix.lower() in SUFFIXES or any(out.resolve() == pathlib.Path(i).resolve()
+                                           for i in images):
+    raise UserError(f"--out={out}: would be written over a photograph; accepted: such as out.csv")
+
+
+def _paths(images: Any) -> list[str] | None:
+  """`images` as paths, or None where they are no paths. Raises UserError for a mixture."""
+  if isinstance(images, str | os.PathLike):
+    images = [images]
+  if not isinstance(images, list | tuple):
+    return None
+  if not images:
+    raise UserError(f"predict() got nothing to grade; accepted: {_ACCEPTED}")
+  are = [isinstance(image, str | os.PathLike) for image in images]
+  if not any(are):
+    return None
+  if not all(are):
+    raise UserError(f"predict() got paths and something else; accepted: {_ACCEPTED}")
+  return [os.fsdecode(image) for image in images]
+
+
+def _arrays(images: Any) -> Sequence[np.ndarray]:
+  """`images` as uint8 arrays [H, W, 3]. Raises UserError for anything else."""
+  if isinstance(images, list | tuple):
+    arrays: Sequence[np.ndarray] = [_array(image) for image in images]
+  else:
+    arrays = _array(images)
+    if arrays.ndim != 4:
+      raise UserError(f"predict() got an array {arrays.dtype}{list(arrays.shape)}; accepted: "
+                      f"{_ACCEPTED}")
+  if len(arrays) == 0:
+    raise UserError(f"predict() got nothing to grade; accepted: {_ACCEPTED}")
+  for array in arrays:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+      raise UserError(f"predict() got an array {array.dtype}{list(array.shape)}; accepted: "
+                      f"{_ACCEPTED}")
+  return arrays
+
+
+def _array(image: Any) -> np.ndarray:
+  if not hasattr(image, "__array__"):
+    raise UserError(f"predict() got {type(image).__name__}; accepted: {_ACCEPTED}")
+  return np.asarray(image)
+
+
+def _expand(paths: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+  """(name, path) of every candidate file, and (name, reason) of what is none of ours to open."""
+  found: list[tuple[str, str]] = []
+  rejected: list[tuple[str, str]] = []
+  for path, mode in zip(paths, _modes(paths), strict=True):
+    if stat.S_ISDIR(mode):
+      _search(path, found, rejected)
+    elif stat.S_ISREG(mode):
+      found.append((path, path))
+    else:
+      rejected.append((path, "neither a file nor a folder"))
+  if not found:
+    name, reason = rejected[0] if rejected else (paths[0], "holds no image file")
+    raise UserError(f"{shown(name)}: {reason}; accepted: photographs as {', '.join(SUFFIXES)}")
+  return found, rejected
+
+
+def _modes(paths: Sequence[str]) -> list[int]:
+  """What each path is. Raises UserError naming the first that is not there."""
+  modes = []
+  for path in paths:
+    try:
+      modes.append(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+      why = getattr(error, "strerror", None) or str(error)
+      raise UserError(f"{shown(path)}: {why.lower()}; accepted: image files and folders that are "
+                      "there") from None
+  return modes
+
+
+def _search(
+  folder: str, found: list[tuple[str, str]], rejected: list[tuple[str, str]]
+) -> None:
+  """Adds the image files below `folder`, in the order of their names."""
+  root = pathlib.Path(folder).resolve()
+  others = []
+
+  def unreadable(error: OSError) -> None:
+    rejected.append((str(error.filename), (error.strerror or str(error)).lower()))
+
+  for inside, below, names in os.walk(folder, onerror=unreadable):
+    below.sort()
+    for name in sorted(names + [name for name in below if os.path.islink(f"{inside}/{name}")]):
+      path = os.path.join(inside, name)
+      reason = _unfit(path, root)
+      if reason:
+        rejected.append((path, reason))
+      elif os.path.splitext(name)[1].lower() in SUFFIXES:
+        found.append((path, path))
+      else:
+        others.append(name)
+  if others:
+    told = ", ".join(map(shown, others[:5])) + (", …" if len(others) > 5 else "")
+    console.say(f"{shown(folder)}: {len(others)} files that are no photographs by their names "
+                f"are passed over ({told})")
+
+
+def _unfit(path: str, root: pathlib.Path) -> str | None:
+  """Why a directory entry is not to be opened, or None."""
+  try:
+    if os.path.islink(path):
+      target = pathlib.Path(os.path.realpath(path, strict=True))
+      if not target.is_relative_to(root):
+        return "a link that leads out of the folder"
+      if target.is_dir():
+        return "a link to a folder"
+    return None if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
+  except OSError as error:
+    return "a broken link" if os.path.islink(path) else (error.strerror or str(error)).lower()
+
+
+def _pairs(paths: Sequence[str]) -> list[tuple[int, int]]:
+  """Patients as pairs of file numbers (left, right), or (own, own) without a fellow."""
+  sides: dict[tuple[str, str], dict[str, list[int]]] = {}
+  for index, path in enumerate(paths):
+    match = _SIDE.fullmatch(pathlib.Path(path).stem)
+    if match:
+      key = (os.path.abspath(os.path.dirname(path)), match["patient"])
+      sides.setdefault(key, {"left": [], "right": []})[match["eye"].lower()].append(index)
+  fellow = {}
+  for eyes in sides.values():
+    for left, right in zip(eyes["left"], eyes["right"], strict=False):
+      fellow[left] = fellow[right] = (left, right)
+  return list(dict.fromkeys(fellow.get(index, (index, index)) for index in range(len(paths))))
+
+
+def _batches(
+  pairs: Sequence[tuple[int, int]], photograph: Callable[[int], np.ndarray | str], size: int,
+  side: int, bad: dict[int, str],
+) -> Iterator[dict[str, Any]]:
+  """Batches of `size` patients: image uint8 [size, 2, side, side, 3] and their pairs.
+
+  A pair names the photograph of each eye, None for a copy of the fellow. Photographs that cannot
+  be read go to `bad`; only one batch of them is held at a time.
+  """
+  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    for begin in range(0, len(pairs), size):
+      chunk = pairs[begin : begin + size]
+      wanted = sorted({index for pair in chunk for index in pair})
+      ready = {}
+      for index, image in zip(wanted, pool.map(photograph, wanted), strict=True):
+        (bad if isinstance(image, str) else ready)[index] = image
+      images = np.zeros((size, 2, side, side, 3), np.uint8)
+      named = []
+      for pair in chunk:
+        if good := [index for index in dict.fromkeys(pair) if index in ready]:
+          images[len(named)] = ready[good[0]], ready[good[-1]]
+          named.append((good[0], good[1] if len(good) > 1 else None))
+      if named:
+        yield {"image": images, "pairs": named}

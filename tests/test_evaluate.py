@@ -1,0 +1,180 @@
+"""evaluate: what it writes can be recomputed from, every photograph once, thresholds off the test."""
+
+import csv
+import io
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from medattn_jax import evaluate, experiment, metrics
+from medattn_jax.errors import UserError
+
+
+def fake_table(n=120, seed=0, boxes=True):
+  rng = np.random.default_rng(seed)
+  level = rng.integers(0, 5, n).astype(np.int32)
+  clue = lambda noise: (
+    -np.abs(np.arange(5) - level[:, None] - rng.normal(0, noise, (n, 1)))).astype(np.float32)
+  table = {
+    "image": np.array([f"{i // 2:03d}_{('left', 'right')[i % 2]}" for i in range(n)], object),
+    "patient": np.array([f"{i // 2:03d}" for i in range(n)], object),
+    "eye": np.array([("left", "right")[i % 2] for i in range(n)], object),
+    "level": level, "y_M": clue(2), "y_A": clue(1.5), "y_C": clue(0.5),
+    "boxes": np.tile(np.array([[0, 0, 40, 40], [0, 60, 40, 100], [60, 0, 100, 40],
+                               [60, 60, 100, 100]], np.int32), (n, 1, 1)),
+    "true_boxes": [np.array([[5, 5, 15, 15], [45, 45, 55, 55]], np.float32)[:k % 3]
+                   for k in range(n)] if boxes else [np.zeros((0, 4))] * n,
+  }
+  table["logits"] = table["y_M"] + table["y_A"] + table["y_C"]
+  return table
+
+
+def fake_model(thresholds=(0.5, 1.5, 2.5, 3.5), name="zoom_in_net"):
+  space = types.SimpleNamespace
+  return space(
+    thresholds=np.array(thresholds), thresholds_from="the checkpoint's validation",
+    config=space(seed=0, model=space(name=name, num_classes=5, crop_size=40),
+                 data=space(full_size=100), evaluation=space(bootstrap=20)))
+
+
+def summary(table, tuned_on=None, thresholds=(0.5, 1.5, 2.5, 3.5)):
+  model = fake_model(thresholds)
+  return evaluate.summarise(table, (tuned_on, "validation", model.thresholds), model)
+
+
+def test_metrics_are_recomputed_from_predictions_csv():
+  """What a reader of predictions.csv computes with scikit-learn is what metrics.json says."""
+  table = fake_table()
+  found = summary(table, tuned_on=fake_table(seed=1))
+  text = evaluate.predictions_csv(table, found["thresholds"])
+  assert text.splitlines()[0] == "image,patient,eye,level,grade,score,p0,p1,p2,p3,p4"
+  rows = list(csv.DictReader(io.StringIO(text)))
+  level, grade = (np.array([int(row[key]) for row in rows]) for key in ("level", "grade"))
+  p = np.array([[float(row[f"p{k}"]) for k in range(5)] for row in rows])
+  assert found["quadratic_weighted_kappa"] == pytest.approx(
+    sk.cohen_kappa_score(level, grade, weights="quadratic"), abs=1e-9)
+  assert found["kappa_argmax"] == pytest.approx(
+    sk.cohen_kappa_score(level, p.argmax(1), weights="quadratic"), abs=1e-9)
+  assert found["confusion_matrix"] == sk.confusion_matrix(level, grade).tolist()
+  assert found["accuracy"] == pytest.approx((level == grade).mean())
+  for score in (p[:, 2] + p[:, 3] + p[:, 4], 1 - p[:, 0] - p[:, 1], p[:, 4] + (p[:, 3] + p[:, 2])):
+    assert found["auc_referable"] == pytest.approx(sk.roc_auc_score(level >= 2, score), abs=1e-12)
+  assert found["auc_any"] == pytest.approx(sk.roc_auc_score(level >= 1, 1 - p[:, 0]), abs=1e-12)
+  score = np.array([float(row["score"]) for row in rows])
+  np.testing.assert_array_equal(score, p @ np.arange(5))
+  np.testing.assert_array_equal(np.digitize(score, found["thresholds"]), grade)
+  assert [row["image"] for row in rows] == table["image"].tolist()
+
+
+def test_contract_keys_in_strict_json():
+  found = json.loads(json.dumps(summary(fake_table()), allow_nan=False))
+  assert found.keys() >= {
+    "images", "patients", "accuracy", "quadratic_weighted_kappa", "kappa_argmax",
+    "kappa_thresholds", "thresholds", "kappa_ci", "confusion_matrix", "auc_referable",
+    "auc_referable_ci", "auc_any", "sensitivity_at_specificity_50_any",
+    "sensitivity_at_specificity_50_referable", "expected_calibration_error", "lesion_recall"}
+  assert found["images"] == 120 and found["patients"] == 60
+
+
+def test_branches_are_the_sums_of_the_papers():
+  table = fake_table()
+  found = summary(table, tuned_on=table)
+  assert list(found["branches"]) == ["m_net", "m_a", "zoom_in_net"]
+  score = metrics.expected_grade(metrics.probabilities_of(table["y_M"] + table["y_A"]))
+  branch = found["branches"]["m_a"]
+  assert branch["quadratic_weighted_kappa"] == metrics.quadratic_weighted_kappa(
+    table["level"], metrics.decide(score, branch["thresholds"]))
+  assert branch["thresholds"] == metrics.tune_thresholds(score, table["level"]).tolist()
+  whole = found["branches"]["zoom_in_net"]
+  assert whole["quadratic_weighted_kappa"] == found["quadratic_weighted_kappa"]
+  assert whole["quadratic_weighted_kappa"] > found["branches"]["m_net"]["quadratic_weighted_kappa"]
+
+
+def test_a_phase_without_crops_has_no_zoom_in_net_branch():
+  table = {name: rows for name, rows in fake_table().items() if name not in ("y_C", "boxes")}
+  found = summary(table)
+  assert list(found["branches"]) == ["m_net", "m_a"] and "lesion_recall" not in found
+
+
+def test_thresholds_come_from_the_rows_given_and_never_from_the_rows_graded():
+  """Another test set under the same validation set: the same thresholds."""
+  validation = fake_table(seed=1)
+  one, other = (summary(fake_table(seed=seed), validation)["thresholds"] for seed in (2, 3))
+  assert one == other != summary(fake_table(seed=2), fake_table(seed=4))["thresholds"]
+  assert summary(fake_table(), None, (0.4, 1.4, 2.4, 3.4))["thresholds"] == [0.4, 1.4, 2.4, 3.4]
+
+
+def test_lesion_recall_by_hand():
+  found = summary(fake_table(n=12))["lesion_recall"]
+  # Photographs have 0, 1, 2, 0, … lesions; the first is always inside a region, the second never
+  # (the regions leave the middle free but for its corners).
+  assert found["lesions"] == 12 and found["images"] == 8 and found["boxes_per_image"] == 4
+  assert found["box"] == pytest.approx(8 / 12) and found["image"] == 1 and found["iom"] == 0.3
+  assert found["best_box"] == 1 and 0 < found["random_box"] < 1
+  assert "lesion_recall" not in summary(fake_table(boxes=False))
+
+
+def batches(copies=1):
+  """Three patients, one of them with one eye, and padding."""
+  for first in range(copies):
+    yield {
+      "patient": np.array([f"p{first}", f"q{first}", ""], object),
+      "image_id": np.array([["a", "b"], ["c", ""], ["", ""]], object),
+      "eye": np.array([["left", "right"], ["left", ""], ["", ""]], object),
+      "level": np.array([[0, 1], [2, 2], [0, 0]], np.int32),
+      "mask": np.array([[1, 1], [1, 0], [0, 0]], np.float32),
+      "boxes": np.arange(3 * 2 * 2 * 4, dtype=np.float32).reshape(3, 2, 2, 4),
+      "box_type": np.array([[[1, -1], [-1, -1]], [[0, 2], [3, 3]], [[-1, -1]] * 2], np.int32)}
+
+
+def answer(value=0.0):
+  logits = np.full((3, 2, 5), value, np.float32)
+  logits[..., 0] = np.arange(6).reshape(3, 2)
+  return {"logits": logits, "boxes": np.zeros((3, 2, 4, 4), np.int32)}
+
+
+def test_collect_takes_what_counts_once(monkeypatch):
+  monkeypatch.setattr(
+    experiment, "predictions", lambda now, variables, given: ((b, answer()) for b in given))
+  table = evaluate.collect(None, None, batches())
+  assert table["image"].tolist() == ["a", "b", "c"]
+  assert table["patient"].tolist() == ["p0", "p0", "q0"]
+  assert table["level"].tolist() == [0, 1, 2]
+  assert table["logits"][:, 0].tolist() == [0, 1, 2]
+  assert [len(own) for own in table["true_boxes"]] == [1, 0, 2]
+  assert table["true_boxes"][2].tolist() == [[16, 17, 18, 19], [20, 21, 22, 23]]
+
+
+def test_collect_refuses_answers_that_are_no_numbers(monkeypatch):
+  monkeypatch.setattr(
+    experiment, "predictions", lambda now, variables, given: ((b, answer(np.nan)) for b in given))
+  with pytest.raises(UserError, match="not finite"):
+    evaluate.collect(None, None, batches())
+
+
+def dataset(**splits):
+  return types.SimpleNamespace(name="eyes", splits=splits)
+
+
+def test_split_is_test_or_validation_or_refused_by_name(capsys):
+  assert evaluate.choose_split(dataset(train=3, validation=2, test=1), None) == "test"
+  assert evaluate.choose_split(dataset(train=3, validation=2), None) == "validation"
+  assert "no test split" in capsys.readouterr().err
+  with pytest.raises(UserError, match=r"--split=tests.*train \(3\), validation \(2\)"):
+    evaluate.choose_split(dataset(train=3, validation=2), "tests")
+  with pytest.raises(UserError, match=r"neither.*train \(3\)"):
+    evaluate.choose_split(dataset(train=3), None)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+  (tmp_path / "file").write_text("mine")
+  for place in ("file", "file/below"):
+    with pytest.raises(UserError, match="is a file"):
+      evaluate.check_folder(tmp_path / place)
+  evaluate.check_folder(tmp_path / "new" / "below")
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  assert pathlib.Path(tmp_path / "file").read_text() == "mine"
