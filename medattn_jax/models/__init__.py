@@ -1,0 +1,80 @@
+"""The models by name: tables, and two constructors that read them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from medattn_jax.errors import UserError
+from medattn_jax.models.backbones.resnet_small import ResNetSmall
+from medattn_jax.models.zoom_in_net import MNet, ZoomInNet
+
+BACKBONES = {
+  "resnet_small": ResNetSmall,
+  "resnet_tiny": functools.partial(ResNetSmall, blocks=(0, 1, 1)),
+}
+
+# Phases in order, and the branches trained in each.
+PHASES = {
+  "zoom_in_net": {"m": ("m_net",), "a": ("a_net",), "c": ("m_net", "a_net", "c_net")},
+  "m_net": {"joint": ("m_net",)},
+}
+
+# The answers a model can be asked for: sums of these named stops.
+ANSWERS = {
+  "zoom_in_net": {
+    "m_net": ("y_M",), "m_a": ("y_M", "y_A"), "zoom_in_net": ("y_M", "y_A", "y_C")},
+  "m_net": {"m_net": ("y_M",)},
+}
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build(config: Any) -> nn.Module:
+  """The model of a config page.
+
+  Raises:
+    UserError: a name that is in none of the tables.
+  """
+  model = config.model
+  options = {
+    "num_classes": model.num_classes, "neck_features": model.neck_features,
+    "image_size": config.data.image_size, "mean": tuple(model.mean), "std": tuple(model.std),
+    "group_size": config.norm.group_size, "norm_momentum": config.norm.momentum,
+    "dtype": _named("precision", config.precision, PRECISIONS),
+    "backbone": _named("model.backbone", model.backbone, BACKBONES),
+  }
+  _named("model.name", model.name, PHASES)
+  if model.name == "m_net":
+    return MNet(**options)
+  return ZoomInNet(
+    crop_backbone=_named("model.crop_backbone", model.crop_backbone, BACKBONES),
+    attention_features=model.attention_features, crop_size=model.crop_size,
+    num_regions=model.num_regions, mask_size=model.mask_size, mask_scope=model.mask_scope,
+    coords=model.coords, **options)
+
+
+def backbone(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
+  """A backbone by itself: net.apply(variables, x, train=False) → (logits, out).
+
+  x is float [B, H, W, 3]; logits float32 [B, num_classes], None without classes; out holds
+  "features" [B, h, w, c] and "pooled" [B, d] float32. `options`: group_size, momentum, dtype.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  return _named("backbone", name, BACKBONES)(num_classes=num_classes, **options)
+
+
+def _named(key: str, name: str, table: Mapping[str, Any]) -> Any:
+  """table[name], or a UserError that names the key, the nearest name and all of them."""
+  if name in table:
+    return table[name]
+  near = difflib.get_close_matches(str(name), table, 1)
+  hint = f" (did you mean {near[0]}?)" if near else ""
+  raise UserError(f"{key}={name!r}: one of {', '.join(table)}{hint}")

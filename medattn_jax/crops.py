@@ -1,0 +1,177 @@
+"""From one full uint8 image on the device: the small view, the suspicious regions, their crops.
+
+Everything here is traced into the compiled step, so that a region is found and cut without a
+round trip to the host (papers.md §1, "Selecting suspicious regions").
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, UInt8
+
+from medattn_jax.errors import UserError
+
+MASK_SCOPES = ("level", "all")
+COORDS = ("resize", "receptive_field")
+# Cell i of Inception-ResNet-v2's last grid looks at pixel 37 + 32 i: its receptive field's centre.
+_FIELD_START, _FIELD_STRIDE = 37, 32
+# Outputs to a block of the banded resize: wide enough for a matrix unit, narrow enough to skip
+# most of the zeros of a full matrix.
+_BLOCK = 64
+
+
+@functools.lru_cache(maxsize=32)
+def _resize_weights(size: int, out: int) -> np.ndarray:
+  """Antialiased linear resize as a matrix [out, size], rows summing to one (half-pixel centres)."""
+  step = size / out
+  reach = max(step, 1.0)  # a downscale widens the triangle to the pixels it covers
+  centres = (np.arange(out) + 0.5) * step - 0.5
+  weights = np.maximum(0, 1 - np.abs(np.arange(size)[None] - centres[:, None]) / reach)
+  return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _band_product(weights: np.ndarray, x: Array, dtype: Any) -> Array:
+  """weights [out, size] @ x [n, size, m] → [n, out, m] float32, skipping the zeros of the band."""
+  precision = "highest" if dtype == jnp.float32 else "default"
+  blocks = []
+  for start in range(0, len(weights), _BLOCK):
+    rows = weights[start:start + _BLOCK]
+    used = np.flatnonzero(rows.any(0))
+    low, high = used[0], used[-1] + 1
+    blocks.append(jnp.einsum(
+      "oh,nhm->nom", jnp.asarray(rows[:, low:high], dtype), x[:, low:high].astype(dtype),
+      precision=precision, preferred_element_type=jnp.float32))
+  return jnp.concatenate(blocks, 1)
+
+
+def small_view(
+  images: UInt8[Array, "n full full 3"], size: int, dtype: Any = jnp.float32,
+) -> Float[Array, "n s s 3"]:
+  """Resizes with antialiasing to size², values in 0 to 1, as two (banded) matrix products.
+
+  Equal to a triangle-filtered resize (Pillow's BILINEAR). Operands are `dtype` (a uint8 is exact
+  in bfloat16), sums float32. No float copy of the full image is made.
+  """
+  count, height, width, channels = images.shape
+  rows = _band_product(_resize_weights(height, size), images.reshape(count, height, -1), dtype)
+  rows = rows.reshape(count * size, width, channels)
+  view = _band_product(_resize_weights(width, size) / np.float32(255), rows, dtype)
+  return view.reshape(count, size, size, channels).astype(dtype)
+
+
+def _bilinear(x: Float[Array, "b cells m"], size: int) -> Float[Array, "b size m"]:
+  """Linear half-pixel resize of the middle axis.
+
+  Written as nearest + (other - nearest) · distance, with distances from whole numbers: plateaus
+  stay exactly level and mirrored pixels exactly equal, so ties fall as the rule says.
+  """
+  cells = x.shape[1]
+  # Position of pixel i in cells, in units of 1 / (2 size).
+  position = np.clip((2 * np.arange(size) + 1) * cells - size, 0, 2 * size * (cells - 1))
+  nearest = (position + size) // (2 * size)
+  offset = position - 2 * size * nearest
+  other = np.clip(nearest + np.sign(offset), 0, cells - 1)
+  distance = (np.abs(offset) / (2 * size)).astype(np.float32)[:, None]
+  near = jnp.take(x, nearest, axis=1)
+  return near + (jnp.take(x, other, axis=1) - near) * distance
+
+
+def select_regions(
+  gated: Float[Array, "b h w levels"], image_size: int, mask_size: int, num: int,
+  mask_scope: str = "level", coords: str = "resize",
+) -> Int32[Array, "b num 2"]:
+  """The `num` strongest responses of the gated attention maps, greedily (papers.md §1).
+
+  Level 0 carries nothing and is left out. The maps are resized bilinearly (half-pixel) to
+  image_size²; the strongest value is taken; the mask_size² window centred on it (rows r-s//2 …
+  r-s//2+s-1, clipped to the image) is masked in its level or in all levels; and again. Ties go to
+  the lowest level, then row, then column. Where everything is masked, the answer is (0, 0).
+
+  Args:
+    gated: any float dtype; compared in float32.
+    coords: "resize"; or "receptive_field" [choice]: no resize, only the cells' own centres are
+      candidates, cell i at pixel 37+32i, and a mask takes the cells whose centres it covers.
+
+  Returns:
+    (row, column) in the image_size frame, strongest first.
+
+  Raises:
+    UserError: an unknown mask_scope or coords; fewer than two levels; cells outside the image.
+  """
+  if mask_scope not in MASK_SCOPES:
+    raise UserError(f"model.mask_scope={mask_scope!r}: one of {', '.join(MASK_SCOPES)}")
+  if coords not in COORDS:
+    raise UserError(f"model.coords={coords!r}: one of {', '.join(COORDS)}")
+  batch, height, width, levels = gated.shape
+  if levels < 2:
+    raise UserError(f"gated maps of {levels} level: level 0 is ignored, at least 2 are needed")
+  maps = jnp.moveaxis(gated[..., 1:].astype(jnp.float32), -1, 1)
+  if coords == "resize":
+    row_at = column_at = np.arange(image_size)
+    maps = _bilinear(maps.reshape(-1, height, width), image_size)
+    maps = jnp.swapaxes(_bilinear(jnp.swapaxes(maps, 1, 2), image_size), 1, 2)
+    maps = maps.reshape(batch, levels - 1, image_size, image_size)
+  else:
+    row_at = _FIELD_START + _FIELD_STRIDE * np.arange(height)
+    column_at = _FIELD_START + _FIELD_STRIDE * np.arange(width)
+    if max(row_at[-1], column_at[-1]) >= image_size:
+      raise UserError(
+        f"model.coords=receptive_field: {height}×{width} cells reach pixel "
+        f"{max(row_at[-1], column_at[-1])} of {image_size}; use coords=resize")
+  row_at, column_at = jnp.asarray(row_at, jnp.int32), jnp.asarray(column_at, jnp.int32)
+  return jax.vmap(
+    lambda one: _greedy(one, row_at, column_at, mask_size, num, mask_scope == "all"))(maps)
+
+
+def _greedy(maps, row_at, column_at, mask_size, num, mask_all):
+  """maps [levels, rows, columns] → the centres [num, 2] of one image's strongest responses."""
+  levels, rows, _ = maps.shape
+
+  def take(maps, _):
+    # Rows' maxima first: the large reduction is a plain maximum, the searches are short.
+    best = jnp.argmax(maps.max(2).reshape(-1)).astype(jnp.int32)
+    level, row = best // rows, best % rows
+    column = jnp.argmax(maps[level, row]).astype(jnp.int32)
+    centre = jnp.stack([row_at[row], column_at[column]])
+    first = centre - mask_size // 2
+    in_rows = (row_at >= first[0]) & (row_at < first[0] + mask_size)
+    in_columns = (column_at >= first[1]) & (column_at < first[1] + mask_size)
+    in_levels = mask_all | (jnp.arange(levels) == level)
+    masked = in_levels[:, None, None] & in_rows[:, None] & in_columns
+    return jnp.where(masked, -jnp.inf, maps), centre
+
+  return jax.lax.scan(take, maps, length=num)[1]
+
+
+def corners(
+  centres: Int32[Array, "*batch n 2"], image_size: int, full_size: int, crop_size: int,
+) -> Int32[Array, "*batch n 2"]:
+  """Top left corners (row, column), in the full image, of the crops centred on `centres`.
+
+  A centre is a pixel of the image_size frame; its middle is scaled to the full image, and the
+  crop is shifted to lie inside.
+
+  Raises:
+    UserError: a crop larger than the full image.
+  """
+  if crop_size > full_size:
+    raise UserError(
+      f"model.crop_size={crop_size}: at most the full image, data.full_size={full_size}")
+  # (r + ½) · full / image - crop / 2, in whole numbers.
+  first = ((2 * centres + 1) * full_size - crop_size * image_size) // (2 * image_size)
+  return jnp.clip(first, 0, full_size - crop_size).astype(jnp.int32)
+
+
+def cut(
+  images: UInt8[Array, "b full full 3"], corners: Int32[Array, "b n 2"], size: int,
+) -> UInt8[Array, "b n size size 3"]:
+  """Cuts size² windows at `corners` (row, column), which have to lie inside (see `corners`)."""
+  def one(image, corner):
+    return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, image.shape[-1]))
+
+  return jax.vmap(jax.vmap(one, (None, 0)))(images, corners)

@@ -1,0 +1,63 @@
+"""A small residual network for demonstrations and tests on a CPU.
+
+Not from a paper. It is made of what every backend does well and a CPU does fast: each
+downsampling is a space-to-depth and a matrix product, each 3×3 convolution has stride 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from medattn_jax.models.norm import ConvBN
+
+
+def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2 w2 d"]:
+  """Folds block×block pixels into channels; a ragged edge is first filled with zeros."""
+  rows, columns = -x.shape[1] % block, -x.shape[2] % block
+  x = jnp.pad(x, ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2),
+                  (0, 0)))
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height // block, block, width // block, block, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(
+    batch, height // block, width // block, block * block * channels)
+
+
+class ResNetSmall(nn.Module):
+  """Stages of 3×3 residual blocks at strides 4, 8, 16: 160² gives 10² features.
+
+  Attributes:
+    num_classes: of the dense head `fc`; None leaves it out (logits are None).
+    widths, blocks: channels and residual blocks of each stage.
+    group_size, momentum: of the normalisation.
+  """
+
+  num_classes: int | None = None
+  widths: tuple[int, ...] = (32, 64, 128)
+  blocks: tuple[int, ...] = (1, 1, 2)
+  group_size: int | None = None
+  momentum: float = 0.9
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
+    """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
+    unit = functools.partial(
+      ConvBN, group_size=self.group_size, momentum=self.momentum, dtype=self.dtype)
+    x = x.astype(self.dtype)
+    for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+      x = space_to_depth(x, 2 if stage else 4)
+      x = unit(width, name=f"down{stage}")(x, train)
+      for block in range(blocks):
+        y = unit(width, (3, 3), name=f"stage{stage}_{block}_1")(x, train)
+        # A gamma of zero: every block starts as the identity.
+        y = unit(width, (3, 3), relu=False, scale_init=nn.initializers.zeros,
+                 name=f"stage{stage}_{block}_2")(y, train)
+        x = nn.relu(x + y)
+    pooled = x.astype(jnp.float32).mean((1, 2))
+    logits = None if self.num_classes is None else nn.Dense(self.num_classes, name="fc")(pooled)
+    return logits, {"features": x, "pooled": pooled}
