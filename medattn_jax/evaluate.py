@@ -340,9 +340,7 @@ def _write(place: pathlib.Path, contents: Mapping[str, bytes]) -> None:
 
 def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str, bytes]) -> None:
   show = lambda value: "–" if value is None else f"{value:.3f}"
-  table = rich.table.Table(
-    title=f"{found['data']} · {found['split']} · {found['images']:,} photographs of "
-          f"{found['patients']:,} patients · step {found['step']}", title_justify="left")
+  table = rich.table.Table()
   table.add_column("")
   for name in found["branches"]:
     table.add_column(BRANCHES[name], justify="right")
@@ -350,17 +348,24 @@ def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str,
           "AUC, referable": "auc_referable"}
   for label, key in rows.items():
     table.add_row(label, *(show(branch[key]) for branch in found["branches"].values()))
-  output = rich.console.Console(highlight=False)
+  recall = found.get("lesion_recall")
+  if recall:
+    blank = [""] * (len(found["branches"]) - 1)
+    table.add_row("lesion recall (iom ≥ .3)", *blank, show(recall["box"]))
+  output = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+  output.print(f"{found['data']} · {found['split']} · {found['images']:,} photographs of "
+               f"{found['patients']:,} patients · step {found['step']}")
   output.print(table)
   if found["kappa_ci"]:
     low, high = found["kappa_ci"]
     output.print(f"kappa {show(found['quadratic_weighted_kappa'])}, 95 % interval over patients "
                  f"{show(low)} to {show(high)}")
-  if recall := found.get("lesion_recall"):
+  if recall:
     output.print(
-      f"lesions found by {recall['boxes_per_image']} regions: {show(recall['box'])} of the lesions "
-      f"(random {show(recall['random_box'])}, best possible {show(recall['best_box'])}), "
-      f"{show(recall['image'])} of the photographs")
+      f"lesions found by {recall['boxes_per_image']} regions: {show(recall['box'])} (random "
+      f"{show(recall['random_box'])}, best possible {show(recall['best_box'])}); photographs with "
+      f"at least one found: {show(recall['image'])}")
   output.print("thresholds " + ", ".join(f"{value:.2f}" for value in found["thresholds"])
-               + f" ({found['thresholds_from']})")
-  output.print(f"written to {place}: {', '.join(contents)}", markup=False, soft_wrap=True)
+               + f" from {found['thresholds_from']}")
+  for name in contents:
+    output.print(f"  {place / name}")
