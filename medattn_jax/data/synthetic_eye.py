@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 UNIT = 1230.0  # the frame in which all sizes are given
-GRID = 246  # smooth things are painted on this grid and enlarged
-STEP = 9.0  # length of one step of a growing vessel
+GRID = 205  # smooth things are painted on this grid and enlarged
+STEP = 11.0  # length of one step of a growing vessel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def draw_camera(rng) -> Camera:
   blue = green * rng.uniform(0.45, 0.72)
   return Camera(
     colour=(red, green, blue),
-    contrast=rng.uniform(0.85, 1.1),
+    contrast=rng.uniform(0.78, 1.05),
     tigroid=rng.uniform(0, 1) ** 2 * 0.13,
     blur=rng.uniform(0.9, 2.0),
     noise=rng.uniform(1.2, 3.0),
@@ -77,12 +77,12 @@ def draw_anatomy(rng) -> Anatomy:
   disc = fovea + [-rng.uniform(395, 450), -rng.uniform(5, 55)]
   disc_radius = rng.uniform(70, 90)
   return Anatomy(
-    centre=centre,
+    centre=tuple(map(float, centre)),
     radius=radius,
     half_height=cut * radius,
     notch=bool(rng.uniform() < 0.3),
-    fovea=tuple(fovea),
-    disc=tuple(disc),
+    fovea=tuple(map(float, fovea)),
+    disc=tuple(map(float, disc)),
     disc_radius=disc_radius,
     vessels=_vessels(rng, disc, fovea, disc_radius),
   )
@@ -114,34 +114,41 @@ def _vessels(rng, disc, fovea, disc_radius):
   return polygons
 
 
+# Width, waviness and waypoints of the trunks, from the disc's centre; x in distances from the disc
+# to the fovea, y in heights of the arcade, away from the midline.
+TRUNKS = (
+  (1.00, 1.0, [(0, 0.03), (0.07, 0.42), (0.34, 0.84), (0.88, 1.0), (1.55, 0.95), (2.5, 0.75)]),
+  (0.56, 1.0, [(0, 0.03), (0.08, 0.5), (0.24, 1.0), (0.62, 1.4), (1.2, 1.62), (1.9, 1.6)]),
+  (0.72, 0.8, [(0, 0.03), (-0.06, 0.4), (-0.2, 0.85), (-0.42, 1.3), (-0.7, 1.7), (-0.95, 2.1)]),
+  (0.34, 0.5, [(0, 0.02), (-0.2, 0.1), (-0.45, 0.16), (-0.7, 0.2), (-1.0, 0.24), (-1.3, 0.3)]),
+  (0.30, 0.3, [(0, 0.02), (0.2, 0.12), (0.4, 0.2), (0.55, 0.23), (0.68, 0.21), (0.78, 0.15)]),
+)
+
+
 def _trunks(rng, disc, fovea, disc_radius):
   """An arteriole and a venule along each arcade, and some straight ones to the nose."""
   d = fovea[0] - disc[0]
   up, down = rng.uniform(0.62, 0.84, 2) * d
-  arcs = {  # waypoints from the disc's centre
-    "temporal": [(0, 0.03), (0.07, 0.42), (0.34, 0.84), (0.88, 1.0), (1.45, 0.93), (2.1, 0.62)],
-    "nasal": [(0, 0.03), (-0.06, 0.4), (-0.2, 0.85), (-0.42, 1.3), (-0.7, 1.7), (-0.95, 2.1)],
-    "radial": [(0, 0.02), (-0.2, 0.1), (-0.45, 0.16), (-0.7, 0.2), (-1.0, 0.24), (-1.3, 0.3)],
-    "macular": [(0, 0.02), (0.2, 0.1), (0.4, 0.17), (0.58, 0.2), (0.7, 0.19), (0.8, 0.14)],
-  }
-  points, width, veins = [], [], []
-  for name, size in (("temporal", 1.0), ("nasal", 0.72), ("radial", 0.34), ("macular", 0.3)):
+  points, width, veins, calm = [], [], [], []
+  for size, wave, way in TRUNKS:
     for sign, height in ((-1, up), (1, down)):
       shared = rng.normal(0, 1, (6, 2)) * 0.05
+      apart = rng.normal(0.07, 0.05) * np.array([-1, 1])
       for vein in (True, False):
-        wobble = shared + rng.normal(0, 1, (6, 2)) * [0.03, 0.055]
-        way = (np.array(arcs[name]) + wobble * np.linspace(0.15, 1.3, 6)[:, None]) * [d, sign * height]
-        points.append(disc + way)
+        wobble = shared + rng.normal(0, 1, (6, 2)) * [0.03, 0.05]
+        course = np.array(way) + wobble * np.linspace(0.15, 1.3, 6)[:, None] * min(2 * size, 1)
+        points.append(disc + course * (1 + apart[int(vein)]) * [d, sign * height])
         width.append(size * (rng.uniform(15, 18.5) if vein else rng.uniform(11, 14)))
         veins.append(vein)
+        calm.append(wave)
   points, width, veins = np.array(points), np.array(width), np.array(veins)
-  t = np.linspace(0, 5, 110)
+  t = np.linspace(0, 5, 90)
   paths = _catmull_rom(points, t)
   # Slow waves across the path, growing from nothing at the disc.
   phase = rng.uniform(0, 2 * np.pi, (len(paths), 3, 1))
   speed = rng.uniform(1.2, 4.5, (len(paths), 3, 1))
   wave = (np.sin(phase + speed * t * 2) * [[[7.0], [5.0], [3.5]]]).sum(1) * np.minimum(t, 1)
-  paths = paths + normals(paths) * wave[..., None]
+  paths = paths + normals(paths) * (wave * np.array(calm)[:, None])[..., None]
   taper = np.linspace(1, 0.42, paths.shape[1]) ** 0.9
   return paths, width[:, None] * taper, veins
 
@@ -164,14 +171,15 @@ def _branches(rng, parents, count, length, width, disc, fovea):
   paths, widths, veins, lengths = parents
   weight = lengths * widths[:, 0]
   parent = rng.choice(len(paths), count, p=weight / weight.sum())
-  at = np.minimum((rng.uniform(0.12, 0.97, count) * lengths[parent]).astype(int), lengths[parent] - 2)
+  at = (rng.uniform(0.12, 0.97, count) * lengths[parent]).astype(int)
+  at = np.minimum(at, lengths[parent] - 2)
   p = paths[parent, at]
   tangent = paths[parent, at + 1] - p
   side = rng.choice([-1.0, 1.0], count)
   heading = np.arctan2(tangent[:, 1], tangent[:, 0]) + side * rng.uniform(0.45, 1.15, count)
   steps = (rng.uniform(*length, count) / STEP).astype(int)
   total = int(length[1] / STEP) + 1
-  bend, jitter = np.zeros(count), rng.normal(0, 0.075, (total, count))
+  bend, jitter = np.zeros(count), rng.normal(0, 0.05, (total, count))
   out = np.empty((count, total, 2))
   alive = np.ones(count, bool)
   ends = np.full(count, 2)
@@ -184,8 +192,8 @@ def _branches(rng, parents, count, length, width, disc, fovea):
     inner = distance < 270
     goal = np.where(inner[:, None], to_fovea, p - disc)
     turn = np.arctan2(goal[:, 1], goal[:, 0]) - heading
-    bend = 0.8 * bend + jitter[k]
-    heading = heading + bend + np.where(inner, 0.05, 0.035) * np.sin(turn)
+    bend = 0.65 * bend + jitter[k]
+    heading = heading + bend + np.where(inner, 0.06, 0.045) * np.sin(turn)
     p = p + STEP * np.stack([np.cos(heading), np.sin(heading)], 1)
   start = np.clip(widths[parent, at] * width * rng.uniform(0.7, 1.1, count), 2.6, 9)
   along = np.arange(total)[None] / np.maximum(steps, 2)[:, None]
@@ -220,10 +228,10 @@ def background(rng, anatomy: Anatomy, camera: Camera):
   Returns:
     (background, light): light is float32 [GRID, GRID, 1] and multiplies all that is painted.
   """
-  y, x = np.mgrid[:GRID, :GRID].astype(np.float32) * np.float32(UNIT / GRID)
+  y, x = (np.mgrid[:GRID, :GRID].astype(np.float32) + 0.5) * np.float32(UNIT / GRID)
   slow, mid, fine, grain = (smooth_noise(rng, n) for n in (6, 22, 70, 180))
   ridge = np.exp(-((smooth_noise(rng, 26) / 0.35) ** 2))
-  texture = 0.035 * slow + 0.03 * mid + 0.022 * fine + 0.022 * grain
+  texture = 0.03 * slow + 0.02 * mid + 0.016 * fine + 0.021 * grain
   texture += camera.tigroid * (ridge - 0.5)
   image = np.array(camera.colour, np.float32) * (1 + texture[..., None] * np.float32([0.6, 1, 1.1]))
 
@@ -238,7 +246,7 @@ def background(rng, anatomy: Anatomy, camera: Camera):
   rho = np.hypot(dx * rng.uniform(1.0, 1.12), dy) / anatomy.disc_radius
   # The nerve fibres' sheen, brightest above and below on the way to the macula.
   knots = rng.uniform(0, 1, 97).astype(np.float32)
-  streak = np.interp(angle, np.linspace(-np.pi, np.pi, 97), knots)
+  streak = knots[((angle + np.pi) * np.float32(15.27)).astype(np.int32)]
   sheen = np.exp(-((rho / 3.2) ** 2)) * (0.5 + 0.5 * np.abs(np.sin(angle))) * (0.6 + 0.6 * streak)
   image += sheen[..., None] * np.float32([8, 20, 17])
   ring = rng.uniform(0, 1) ** 2 * np.exp(-(((rho - 1.1) / 0.14) ** 2)) * (0.5 + 0.5 * np.cos(angle))
@@ -246,25 +254,26 @@ def background(rng, anatomy: Anatomy, camera: Camera):
 
   cup = rng.uniform(0.35, 0.62)
   deep = np.hypot(dx - 0.1 * anatomy.disc_radius, dy) / (anatomy.disc_radius * cup)
-  rim = np.array(camera.colour, np.float32) * 0.35 + np.float32([160, 122, 78])
-  pale = np.float32([252, 228, 168])
-  inside = _ramp(1.0 - rho, 0.07)[..., None]
-  hollow = (0.75 * _ramp(1.0 - deep, 0.22))[..., None]
+  rim = np.array(camera.colour, np.float32) * 0.45 + np.float32([140, 112, 62])
+  pale = np.float32([252, 224, 158])
+  inside = (0.94 * _ramp(1.0 - rho, 0.15))[..., None]
+  hollow = (0.7 * _ramp(1.0 - deep, 0.4))[..., None]
   tone = (1 + 0.06 * mid - 0.10 * np.cos(angle - np.pi) * _ramp(rho, 0.5))[..., None]
   image += inside * ((rim + hollow * (pale - rim)) * tone - image)
 
   cx, cy = (x - anatomy.centre[0]) / anatomy.radius, (y - anatomy.centre[1]) / anatomy.radius
-  tilt = rng.uniform(-0.09, 0.09, 2)
+  tilt = [rng.uniform(-0.09, 0.09) for _ in range(2)]
   light = 1 - camera.vignette * (cx**2 + cy**2) ** 1.5 + tilt[0] * cx + tilt[1] * cy
   light += 0.03 * smooth_noise(rng, 5)
   where = rng.uniform(0, 2 * np.pi)
   crescent = np.clip(cx * np.cos(where) + cy * np.sin(where) - 0.62, 0, 1) ** 1.5
   image += (camera.haze * crescent * 1.6)[..., None] * np.float32([60, 70, 80])
-  return image.astype(np.float32), np.clip(light, 0.3, 1.3).astype(np.float32)[..., None]
+  return image, np.clip(light, 0.3, 1.3)[..., None]
 
 
 def _ramp(value, width):
-  return np.clip(value / width + 0.5, 0, 1)
+  ramp = np.clip(value / width + 0.5, 0, 1)
+  return ramp * ramp * (3 - 2 * ramp)
 
 
 def enlarge(field, size):
@@ -320,17 +329,22 @@ class Canvas:
 
   def photograph(self, rng, anatomy: Anatomy, camera: Camera, light):
     """Light, blur, noise and the black rim: the finished uint8 [size, size, 3]."""
-    image = self.image * enlarge(light, self.size)
+    image = self.image
+    image *= enlarge(light, self.size)
     blur = max((camera.blur * self.scale) ** 2 - 0.12, 0) ** 0.5
     if blur > 0.3:
       soft = Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8))
       image = np.asarray(soft.filter(ImageFilter.GaussianBlur(float(blur))), np.float32)
     image = image * self._field(anatomy)
-    noise = rng.standard_normal((self.size, self.size, 2), np.float32) * np.float32(camera.noise)
-    damp = np.minimum(image[..., 1:2] / 40, 1) * 0.8 + 0.2
-    image = image + noise[..., [0, 0, 0]] * damp + noise[..., [1, 0, 1]] * (damp * 0.5)
-    image += np.float32([2.0, 1.0, 1.5])
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    noise = rng.integers(0, 65536, (self.size, self.size, 2), np.uint16).astype(np.float32)
+    noise = (noise - np.float32(32767.5)) * np.float32(camera.noise * 12**0.5 / 65536)
+    noise *= np.minimum(image[..., 1:2] * np.float32(0.8 / 40), np.float32(0.8)) + np.float32(0.2)
+    image += noise[..., :1]
+    noise *= np.float32(0.5)
+    image[..., ::2] += noise[..., 1:]
+    image[..., 1] += noise[..., 0]
+    image += np.float32([2.5, 1.5, 2.0])
+    return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
   def _field(self, anatomy):
     """The field of view, float32 [size, size, 1] in 0..1."""
