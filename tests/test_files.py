@@ -1,0 +1,70 @@
+"""Files are whole or not there; a folder's manifest notices any change."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from medattn_jax import files, manifest
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"old": 1})
+  with pytest.raises(ValueError, match="JSON"):
+    files.write_json(path, {"new": float("nan")})
+  with pytest.raises(KeyboardInterrupt), files.replacing(path) as aside:
+    aside.write_text("half of the n")
+    assert json.loads(path.read_text()) == {"old": 1}  # until the end the old one is there
+    raise KeyboardInterrupt
+  assert json.loads(path.read_text()) == {"old": 1}
+  assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_write_replaces_by_one_rename_of_a_synced_file(tmp_path, monkeypatch):
+  path = tmp_path / "a.txt"
+  path.write_text("old")
+  calls = []
+  sync, rename = os.fsync, os.replace
+  monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("sync"), sync(fd)))
+  monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(os.fspath(b)), rename(a, b)))
+  files.write_text(path, "größer")
+  # The content, then the name, then the folder that holds the name.
+  assert calls == ["sync", str(path), "sync"]
+  assert path.read_bytes() == "größer".encode() and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+  (tmp_path / "abc").write_bytes(b"abc")
+  expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+  assert files.sha256(tmp_path / "abc") == expected
+
+
+def test_a_manifest_keeps_facts_and_checks_names_sizes_and_sums(tmp_path):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in/a b.bin").write_bytes(bytes(range(256)))
+  manifest.write(tmp_path, {"step": 3})
+  assert manifest.check(tmp_path)["step"] == 3
+  assert manifest.read_file(tmp_path, "in/a b.bin") == bytes(range(256))
+  (tmp_path / "in/a b.bin").write_bytes(bytes(255) + b"x")
+  manifest.check(tmp_path, sums=False)  # names and sizes are as they were
+  with pytest.raises(manifest.Broken, match=r"in/a b\.bin is not what was written"):
+    manifest.check(tmp_path)
+  with pytest.raises(manifest.Broken, match=r"in/a b\.bin is not what was written"):
+    manifest.read_file(tmp_path, "in/a b.bin")
+  os.truncate(tmp_path / "in/a b.bin", 9)
+  with pytest.raises(manifest.Broken, match="has 9 bytes instead of 256"):
+    manifest.check(tmp_path, sums=False)
+
+
+def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
+  (tmp_path / "outside").write_text("secret")
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  entry = {"size": 6, "sha256": files.sha256(tmp_path / "outside")}
+  sealed = manifest._sealed({"files": {"../outside": entry}})
+  (folder / "manifest.json").write_bytes(sealed)
+  with pytest.raises(manifest.Broken, match=r"\.\./outside is missing"):
+    manifest.check(folder)
