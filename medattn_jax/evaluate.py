@@ -103,13 +103,17 @@ def graded(
 
 
 def batches_of(
-  dataset: Any, split: str, config: ml_collections.ConfigDict
+  dataset: Any, split: str, config: ml_collections.ConfigDict, at_most: int | None = None
 ) -> Iterator[Mapping[str, np.ndarray]]:
-  """The batches of an evaluation: every patient of the split once."""
+  """The batches of an evaluation: every patient of the split once.
+
+  `at_most`: patients of a batch, where fewer than the config's are wanted.
+  """
   from medattn_jax.data import pipeline  # imports TensorFlow
 
   processes = jax.process_count()
-  size = math.ceil(config.evaluation.batch_size / processes) * processes
+  size = min(config.evaluation.batch_size, at_most or config.evaluation.batch_size)
+  size = math.ceil(size / processes) * processes
   return pipeline.eval_batches(
     dataset, split, batch_size=size, full_size=config.data.full_size,
     process_index=jax.process_index(), process_count=processes)

@@ -24,7 +24,7 @@ SIDE = 820  # pixels of the photograph as drawn; more would not be seen
 def explanation(
   photograph: np.ndarray, gated: np.ndarray, boxes: np.ndarray, probabilities: np.ndarray, *,
   name: str, grade: int, level: int | None = None,
-  region_levels: Sequence[int] | None = None,
+  region_levels: Sequence[int | None] | None = None,
   true_boxes: np.ndarray | None = None, true_types: Sequence[int] = (),
   type_names: Sequence[str] = (),
 ) -> Figure:
@@ -93,7 +93,7 @@ def explanation(
     colour = REGIONS[rank % len(REGIONS)]
     axes.spines[:].set(color=colour, linewidth=2.5)
     _badge(axes, 0.075, 0.925, rank, transform=axes.transAxes)
-    if region_levels is not None:
+    if region_levels is not None and region_levels[rank] is not None:
       axes.set_xlabel(f"chosen by level {region_levels[rank]}", fontsize=9, color=FAINT)
   return figure
 

@@ -1,0 +1,158 @@
+"""Why a photograph was graded as it was: one page each, and boxes.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from medattn_jax import console, crops, evaluate, experiment, files, metrics, trained
+from medattn_jax.analysis import figures, overlays
+from medattn_jax.data import schema
+from medattn_jax.errors import UserError
+
+
+class Region(NamedTuple):
+  """One region of a photograph: its box in the photograph, and why it was chosen.
+
+  Level and strength are None where the masks of stronger regions had left nothing to choose.
+  """
+
+  box: tuple[int, int, int, int]  # y0, x0, y1, x1
+  level: int | None  # whose gated map responded most
+  strength: float | None  # the response
+
+
+def run(
+  workdir: str, data: str | None = None, split: str | None = None, out: str | None = None,
+  limit: int = 16,
+) -> None:
+  """`medattn explain`: pages of the first `limit` photographs of a split, and their boxes.csv.
+
+  boxes.csv has `image,rank,y0,x0,y1,x1,level,strength`: pixels of the photograph as the network
+  was given it (data.full_size square), rank 1 the strongest.
+
+  Args:
+    workdir: of the run.
+    data: another data set, by name or folder; the run's own by default.
+    split: test by default, validation where there is none.
+    out: the folder for the files; WORKDIR/explanations by default.
+    limit: how many photographs.
+
+  Raises:
+    UserError: a wrong argument, or a model without regions.
+  """
+  if limit < 1:
+    raise UserError(f"--limit={limit}; accepted: a whole number of at least 1")
+  place = pathlib.Path(out) if out else pathlib.Path(workdir) / "explanations"
+  evaluate.check_folder(place)
+  model = trained.open_workdir(workdir)
+  if "a_net" not in model.variables["params"] or model.phase == "m":
+    raise UserError(f"{workdir}: step {model.step} (model.name = {model.config.model.name}, phase "
+                    f"{model.phase}) chooses no regions; accepted: a zoom_in_net past its phase m")
+  dataset = evaluate.open_data(model.config, data)
+  split = evaluate.choose_split(dataset, split)
+  if model.thresholds_from == trained.ROUNDING:
+    console.say("no thresholds were tuned for this checkpoint: grades are rounded scores")
+  batches = evaluate.batches_of(dataset, split, model.config, at_most=limit)
+  text = io.StringIO()
+  table = csv.writer(text, lineterminator="\n")
+  table.writerow(["image", "rank", "y0", "x0", "y1", "x1", "level", "strength"])
+  taken: set[str] = set()
+  for row in itertools.islice(_rows(model, batches), limit):
+    regions = regions_of(row["G"], row["boxes"], model.config)
+    place.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(place / file_name(row["image"], taken), _page(row, regions, model))
+    table.writerows(
+      [row["image"], rank, *region.box, region.level, region.strength]
+      for rank, region in enumerate(regions, start=1))
+  if not taken:
+    raise UserError(f"data set {dataset.name}: split {split} has no photographs")
+  files.write_text(place / "boxes.csv", text.getvalue())
+  print(f"{len(taken)} photographs explained in {place}, their regions in {place / 'boxes.csv'}")
+
+
+def regions_of(
+  gated: np.ndarray, boxes: np.ndarray, config: ml_collections.ConfigDict
+) -> list[Region]:
+  """Why each region was chosen: the selection (crops.select_regions) followed for one photograph.
+
+  Args:
+    gated: float [h, w, C]; the gated attention maps.
+    boxes: int [N, 4]; the regions as the model gave them, strongest first.
+    config: of the model.
+  """
+  size, mask = config.data.image_size, config.model.mask_size
+  centres = np.asarray(crops.select_regions(
+    jnp.asarray(gated)[None], size, mask, len(boxes), config.model.mask_scope,
+    config.model.coords)[0])
+  regions, chosen = [], []
+  for box, centre in zip(boxes, centres, strict=True):
+    response = _response(np.asarray(gated, np.float32), centre, size, config.model.coords)
+    response[0] = -np.inf  # level 0 is never chosen
+    for level, earlier in chosen:
+      first = earlier - mask // 2
+      if ((first <= centre) & (centre < first + mask)).all():
+        response[slice(None) if config.model.mask_scope == "all" else level] = -np.inf
+    level = int(response.argmax())
+    if np.isfinite(response[level]):
+      chosen.append((level, centre))
+      regions.append(Region(tuple(map(int, box)), level, float(response[level])))
+    else:
+      regions.append(Region(tuple(map(int, box)), None, None))
+  return regions
+
+
+def _response(gated: np.ndarray, centre: np.ndarray, size: int, coords: str) -> np.ndarray:
+  """float64 [C]: the maps at a pixel of the image_size frame."""
+  cells = np.array(gated.shape[:2])
+  if coords == "receptive_field":
+    row, column = (centre - 37) // 32  # cell i is at pixel 37 + 32 i
+    return gated[row, column].astype(np.float64)
+  position = np.clip((centre + 0.5) * cells / size - 0.5, 0, cells - 1)
+  low = np.minimum(position.astype(int), np.maximum(cells - 2, 0))
+  high, (down, along) = np.minimum(low + 1, cells - 1), position - low
+  top, bottom = (
+    gated[row, low[1]] * (1 - along) + gated[row, high[1]] * along for row in (low[0], high[0]))
+  return (top * (1 - down) + bottom * down).astype(np.float64)
+
+
+def _rows(
+  model: trained.Trained, batches: Iterable[Mapping[str, np.ndarray]]
+) -> Iterator[dict[str, Any]]:
+  """The photographs that count, one by one, with what is known and answered of each."""
+  for batch, out in experiment.predictions(model.experiment, model.variables, batches):
+    for at in zip(*np.nonzero(batch["mask"] > 0), strict=True):
+      kinds = batch["box_type"][at]
+      yield {
+        "photograph": batch["image"][at], "image": batch["image_id"][at],
+        "level": int(batch["level"][at]), "true_boxes": batch["boxes"][at][kinds >= 0],
+        "true_types": kinds[kinds >= 0], "G": out["G"][at], "boxes": out["boxes"][at],
+        "probabilities": metrics.probabilities_of(out["logits"][at])}
+
+
+def _page(row: Mapping[str, Any], regions: Sequence[Region], model: trained.Trained) -> bytes:
+  score = metrics.expected_grade(row["probabilities"])
+  return figures.png(dpi=100, figure=overlays.explanation(
+    row["photograph"], row["G"], row["boxes"], row["probabilities"], name=row["image"],
+    grade=int(metrics.decide(score, model.thresholds)), level=row["level"],
+    region_levels=[region.level for region in regions], true_boxes=row["true_boxes"],
+    true_types=row["true_types"], type_names=schema.TYPES))
+
+
+def file_name(image: str, taken: set[str]) -> str:
+  """A file name for an image id, whatever is in it, new among `taken`, to which it is added."""
+  plain = re.sub(r"[^\w.-]+", "_", image).lstrip(".")[:80].encode()[:120].decode(errors="ignore")
+  name, number = f"{plain or 'image'}.png", 2
+  while name.casefold() in taken:
+    name, number = f"{plain or 'image'}-{number}.png", number + 1
+  taken.add(name.casefold())
+  return name
