@@ -118,7 +118,7 @@ def _vessels(rng, disc, fovea, disc_radius):
 # to the fovea, y in heights of the arcade, away from the midline.
 TRUNKS = (
   (1.00, 1.0, [(0, 0.03), (0.07, 0.42), (0.34, 0.84), (0.88, 1.0), (1.55, 0.95), (2.5, 0.75)]),
-  (0.56, 1.0, [(0, 0.03), (0.08, 0.5), (0.24, 1.0), (0.62, 1.4), (1.2, 1.62), (1.9, 1.6)]),
+  (0.56, 1.0, [(0, 0.03), (0.08, 0.5), (0.24, 1.0), (0.62, 1.4), (1.3, 1.55), (2.3, 1.5)]),
   (0.72, 0.8, [(0, 0.03), (-0.06, 0.4), (-0.2, 0.85), (-0.42, 1.3), (-0.7, 1.7), (-0.95, 2.1)]),
   (0.34, 0.5, [(0, 0.02), (-0.2, 0.1), (-0.45, 0.16), (-0.7, 0.2), (-1.0, 0.24), (-1.3, 0.3)]),
   (0.30, 0.3, [(0, 0.02), (0.2, 0.12), (0.4, 0.2), (0.55, 0.23), (0.68, 0.21), (0.78, 0.15)]),
@@ -197,7 +197,7 @@ def _branches(rng, parents, count, length, width, disc, fovea):
     p = p + STEP * np.stack([np.cos(heading), np.sin(heading)], 1)
   start = np.clip(widths[parent, at] * width * rng.uniform(0.7, 1.1, count), 2.6, 9)
   along = np.arange(total)[None] / np.maximum(steps, 2)[:, None]
-  taper = start[:, None] * (1 - 0.6 * np.clip(along, 0, 1))
+  taper = start[:, None] * (1 - 0.78 * np.clip(along, 0, 1))
   return out, taper, veins[parent], np.maximum(ends, 2)
 
 
@@ -258,7 +258,7 @@ def background(rng, anatomy: Anatomy, camera: Camera):
   pale = np.float32([252, 224, 158])
   inside = (0.94 * _ramp(1.0 - rho, 0.15))[..., None]
   hollow = (0.7 * _ramp(1.0 - deep, 0.4))[..., None]
-  tone = (1 + 0.06 * mid - 0.10 * np.cos(angle - np.pi) * _ramp(rho, 0.5))[..., None]
+  tone = (1 + 0.06 * mid - 0.05 * np.cos(angle - np.pi) * _ramp(rho - 0.5, 1.0))[..., None]
   image += inside * ((rim + hollow * (pale - rim)) * tone - image)
 
   cx, cy = (x - anatomy.centre[0]) / anatomy.radius, (y - anatomy.centre[1]) / anatomy.radius
