@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  $$found -m venv --clear .venv; \
 	}
 	@echo "Installing into .venv what pyproject.toml asks for (minutes, the first time)."
-	@$(RUN) -m pip install --quiet --disable-pip-version-check \
+	@$(RUN) -m pip install -qq --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
