@@ -106,8 +106,8 @@ def build(data_dir, *, seed: int, size: int, train: int, validation: int, test: 
   if not target.exists():
     try:
       _generate(builder, target)
-    except OSError as e:
-      why = e.strerror or str(e)
+    except (OSError, RuntimeError) as e:  # array_record says of a full disk RuntimeError
+      why = getattr(e, "strerror", None) or str(e).split("; writing")[0]
       raise UserError(f"{data_dir}: cannot write the data set synthetic_fundus: {why}") from e
   return builder
 
