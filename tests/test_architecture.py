@@ -64,7 +64,8 @@ NOWHERE = {
 }
 # fmt: on
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
-METHODS = {"extractall", "unpack_archive", "system", "popen", "unsafe_load"}
+METHODS = {"extractall", "unpack_archive", "unsafe_load"}
+OF_OS = re.compile("system|popen|exec|spawn|fork|startfile")
 HOUSE_WORDS = {
   "utils",
   "util",
@@ -185,7 +186,7 @@ def _own(module: Module) -> list[str]:
       found.append(f"{module.path}:{node.lineno}: calls {function.id}")
     if isinstance(function, ast.Attribute):
       owner = ast.unparse(function.value)
-      if function.attr in METHODS or (owner == "os" and re.match("exec|spawn|fork", function.attr)):
+      if function.attr in METHODS or (owner == "os" and OF_OS.match(function.attr)):
         found.append(f"{module.path}:{node.lineno}: calls {owner}.{function.attr}")
       if (owner, function.attr) == ("np", "load") and _constant(
         keywords, "allow_pickle"
