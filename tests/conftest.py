@@ -23,11 +23,14 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def smoke_config(tmp_path_factory):
-  """The smoke page, its drawn photographs below a folder of this session's."""
+  """The smoke page with tiny backbones; its photographs are drawn in this session's folder."""
   from medattn_jax import config
 
   page = pathlib.Path(__file__).resolve().parents[1] / "configs" / "smoke.py"
-  return config.load_page(str(page), [("data.dir", str(tmp_path_factory.mktemp("data")))])
+  return config.load_page(str(page), [
+    ("data.dir", str(tmp_path_factory.mktemp("data"))), ("data.synthetic.train", "8"),
+    ("model.backbone", "resnet_tiny"), ("model.crop_backbone", "resnet_tiny"),
+    ("evaluation.batch_size", "4")])
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,9 @@ def explanation(
   _draw_probabilities(figure.add_subplot(right[0, :]), probabilities, grade, level)
 
   maps = np.asarray(gated, np.float32)[..., 1:]
-  low, high = float(maps.min()), float(maps.max())
+  # What speaks against a level is left dark: regions are chosen by the largest responses.
+  high = float(maps.max())
+  low = 0.0 if high > 0 else float(maps.min())
   norm = Normalize(low, high if high > low else low + 1)
   backdrop = _resized(photograph, min(320, size))
   for index in range(classes - 1):
@@ -142,7 +144,7 @@ def _draw_region(axes, box: np.ndarray, rank: int) -> None:
   for width, edge in ((4.5, "#000000aa"), (2.4, colour)):
     axes.add_patch(Rectangle(
       (left, top), right - left, bottom - top, fill=False, linewidth=width, edgecolor=edge,
-      zorder=3 + 0.01 * rank))
+      zorder=3 + 0.01 * rank, clip_on=False))
   inset = 0.034 * axes.get_images()[0].get_array().shape[0]
   # Each number in its own corner, so that regions that lie on one another keep all of them.
   row, column = divmod(rank % 4, 2)
