@@ -20,9 +20,8 @@ MASK_SCOPES = ("level", "all")
 COORDS = ("resize", "receptive_field")
 # Cell i of Inception-ResNet-v2's last grid looks at pixel 37 + 32 i: its receptive field's centre.
 _FIELD_START, _FIELD_STRIDE = 37, 32
-# Outputs to a block of the banded resize: wide enough for a matrix unit, narrow enough to skip
-# most of the zeros of a full matrix.
-_BLOCK = 64
+# Outputs to a block of the banded product: a matrix unit's width, and most zeros left out.
+_BLOCK = 128
 
 
 @functools.lru_cache(maxsize=32)
@@ -35,9 +34,20 @@ def _resize_weights(size: int, out: int) -> np.ndarray:
   return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _band_product(weights: np.ndarray, x: Array, dtype: Any) -> Array:
-  """weights [out, size] @ x [n, size, m] → [n, out, m] float32, skipping the zeros of the band."""
-  precision = "highest" if dtype == jnp.float32 else "default"
+def _resize_by_taps(weights: np.ndarray, x: Array) -> Array:
+  """weights [out, size] @ x [n, size, m] → [n, out, m] float32, as a sum of the few taps of a row.
+
+  One fused pass over the input where a matrix product would first need it as floats.
+  """
+  count = int((weights > 0).sum(1).max())
+  first = np.minimum((weights > 0).argmax(1), weights.shape[1] - count)
+  values = np.take_along_axis(weights, first[:, None] + np.arange(count), 1)[..., None]
+  return sum(
+    jnp.take(x, first + k, axis=1).astype(jnp.float32) * values[:, k] for k in range(count))
+
+
+def _resize_by_matrix(weights: np.ndarray, x: Array, dtype: Any) -> Array:
+  """The same as products of `dtype` operands, block by block along the band of non-zeros."""
   blocks = []
   for start in range(0, len(weights), _BLOCK):
     rows = weights[start:start + _BLOCK]
@@ -45,23 +55,35 @@ def _band_product(weights: np.ndarray, x: Array, dtype: Any) -> Array:
     low, high = used[0], used[-1] + 1
     blocks.append(jnp.einsum(
       "oh,nhm->nom", jnp.asarray(rows[:, low:high], dtype), x[:, low:high].astype(dtype),
-      precision=precision, preferred_element_type=jnp.float32))
+      precision="highest" if dtype == jnp.float32 else "default",
+      preferred_element_type=jnp.float32))
   return jnp.concatenate(blocks, 1)
 
 
 def small_view(
   images: UInt8[Array, "n full full 3"], size: int, dtype: Any = jnp.float32,
 ) -> Float[Array, "n s s 3"]:
-  """Resizes with antialiasing to size², values in 0 to 1, as two (banded) matrix products.
+  """Resizes with antialiasing to size², values in 0 to 1: rows first, then columns.
 
-  Equal to a triangle-filtered resize (Pillow's BILINEAR). Operands are `dtype` (a uint8 is exact
-  in bfloat16), sums float32. No float copy of the full image is made.
+  Equal to a triangle-filtered resize (Pillow's BILINEAR). Two matrix products on a TPU (operands
+  of `dtype`; a uint8 is exact in bfloat16), two sums of a few taps elsewhere; no float copy of the
+  full image.
   """
+  def by_matrix(images):
+    # Columns as rows of (column, channel): a plain product, no transposes.
+    rows = _resize_by_matrix(down, images.reshape(count, height, -1), dtype)
+    wide = np.kron(across, np.eye(channels, dtype=np.float32))
+    return _resize_by_matrix(wide, rows.reshape(count * size, -1, 1), dtype).reshape(shape)
+
+  def by_taps(images):
+    rows = _resize_by_taps(down, images.reshape(count, height, -1)).astype(dtype)
+    rows = rows.reshape(count * size, width, channels)
+    return _resize_by_taps(across, rows).reshape(shape)
+
   count, height, width, channels = images.shape
-  rows = _band_product(_resize_weights(height, size), images.reshape(count, height, -1), dtype)
-  rows = rows.reshape(count * size, width, channels)
-  view = _band_product(_resize_weights(width, size) / np.float32(255), rows, dtype)
-  return view.reshape(count, size, size, channels).astype(dtype)
+  shape = (count, size, size, channels)
+  down, across = _resize_weights(height, size), _resize_weights(width, size) / np.float32(255)
+  return jax.lax.platform_dependent(images, tpu=by_matrix, default=by_taps).astype(dtype)
 
 
 def _bilinear(x: Float[Array, "b cells m"], size: int) -> Float[Array, "b size m"]:
@@ -113,8 +135,8 @@ def select_regions(
   maps = jnp.moveaxis(gated[..., 1:].astype(jnp.float32), -1, 1)
   if coords == "resize":
     row_at = column_at = np.arange(image_size)
-    maps = _bilinear(maps.reshape(-1, height, width), image_size)
-    maps = jnp.swapaxes(_bilinear(jnp.swapaxes(maps, 1, 2), image_size), 1, 2)
+    maps = jnp.swapaxes(maps.reshape(-1, height, width), 1, 2)  # columns while the map is small
+    maps = _bilinear(jnp.swapaxes(_bilinear(maps, image_size), 1, 2), image_size)
     maps = maps.reshape(batch, levels - 1, image_size, image_size)
   else:
     row_at = _FIELD_START + _FIELD_STRIDE * np.arange(height)

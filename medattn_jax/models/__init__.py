@@ -11,18 +11,31 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from medattn_jax.errors import UserError
+from medattn_jax.models.backbones.inception_resnet_v2 import InceptionResNetV2
+from medattn_jax.models.backbones.inception_v3 import InceptionV3
 from medattn_jax.models.backbones.resnet_small import ResNetSmall
 from medattn_jax.models.zoom_in_net import MNet, ZoomInNet
 
 BACKBONES = {
+  "inception_resnet_v2": InceptionResNetV2,
+  "inception_v3": InceptionV3,
   "resnet_small": ResNetSmall,
   "resnet_tiny": functools.partial(ResNetSmall, blocks=(0, 1, 1)),
 }
+
+# What M-Net asks of a backbone beyond its name: to end where the paper splits it.
+TRUNKS = {"inception_resnet_v2": {"final_conv": False}}
 
 # Phases in order, and the branches trained in each.
 PHASES = {
   "zoom_in_net": {"m": ("m_net",), "a": ("a_net",), "c": ("m_net", "a_net", "c_net")},
   "m_net": {"joint": ("m_net",)},
+}
+
+# What each phase grades: the first with weight one, the others with loss.auxiliary.
+GRADED = {
+  "zoom_in_net": {"m": ("y_M",), "a": ("y_A",), "c": ("logits", "y_M", "y_A", "y_C")},
+  "m_net": {"joint": ("y_M",)},
 }
 
 # The answers a model can be asked for: sums of these named stops.
@@ -47,7 +60,8 @@ def build(config: Any) -> nn.Module:
     "image_size": config.data.image_size, "mean": tuple(model.mean), "std": tuple(model.std),
     "group_size": config.norm.group_size, "norm_momentum": config.norm.momentum,
     "dtype": _named("precision", config.precision, PRECISIONS),
-    "backbone": _named("model.backbone", model.backbone, BACKBONES),
+    "backbone": functools.partial(
+      _named("model.backbone", model.backbone, BACKBONES), **TRUNKS.get(model.backbone, {})),
   }
   _named("model.name", model.name, PHASES)
   if model.name == "m_net":

@@ -1,0 +1,150 @@
+"""Inception-v3 (Szegedy et al. 2016), C-Net's backbone in the paper (papers.md §1).
+
+Layout, names and numbers are those of torchvision's published weights, without the auxiliary head
+and without its input transform: BatchNorm's ε is 1e-3, average pools count the padding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from medattn_jax.models.norm import ConvBN
+
+
+def max_pool(x: Array) -> Array:
+  return nn.max_pool(x, (3, 3), (2, 2))
+
+
+def average(x: Array) -> Array:
+  return nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=True)
+
+
+def chain(unit: Callable, name: str, x: Array, train: bool, *layers: tuple) -> Array:
+  """Applies units `name`_1, `name`_2, … of the arguments in `layers`."""
+  for i, layer in enumerate(layers, 1):
+    x = unit(*layer, name=f"{name}_{i}")(x, train)
+  return x
+
+
+class InceptionA(nn.Module):
+  """35² grid of a 299² image: 1×1, 5×5 and double 3×3."""
+
+  unit: Callable
+  pool_features: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    return jnp.concatenate([
+      self.unit(64, name="branch1x1")(x, train),
+      chain(self.unit, "branch5x5", x, train, (48,), (64, (5, 5))),
+      chain(self.unit, "branch3x3dbl", x, train, (64,), (96, (3, 3)), (96, (3, 3))),
+      self.unit(self.pool_features, name="branch_pool")(average(x), train)], -1)
+
+
+class InceptionB(nn.Module):
+  """Halves the grid, 288 → 768 channels."""
+
+  unit: Callable
+
+  @nn.compact
+  def __call__(self, x, train):
+    return jnp.concatenate([
+      self.unit(384, (3, 3), 2, (0, 0), name="branch3x3")(x, train),
+      chain(self.unit, "branch3x3dbl", x, train,
+            (64,), (96, (3, 3)), (96, (3, 3), 2, (0, 0))),
+      max_pool(x)], -1)
+
+
+class InceptionC(nn.Module):
+  """17² grid: 7×7 as 1×7 and 7×1. `width`: channels between."""
+
+  unit: Callable
+  width: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    c, row, column = self.width, (1, 7), (7, 1)
+    return jnp.concatenate([
+      self.unit(192, name="branch1x1")(x, train),
+      chain(self.unit, "branch7x7", x, train, (c,), (c, row), (192, column)),
+      chain(self.unit, "branch7x7dbl", x, train,
+            (c,), (c, column), (c, row), (c, column), (192, row)),
+      self.unit(192, name="branch_pool")(average(x), train)], -1)
+
+
+class InceptionD(nn.Module):
+  """Halves the grid, 768 → 1280 channels."""
+
+  unit: Callable
+
+  @nn.compact
+  def __call__(self, x, train):
+    return jnp.concatenate([
+      chain(self.unit, "branch3x3", x, train, (192,), (320, (3, 3), 2, (0, 0))),
+      chain(self.unit, "branch7x7x3", x, train,
+            (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, (0, 0))),
+      max_pool(x)], -1)
+
+
+class InceptionE(nn.Module):
+  """8² grid, → 2048 channels: 3×3 as a row and a column side by side."""
+
+  unit: Callable
+
+  @nn.compact
+  def __call__(self, x, train):
+    def split(name, y):
+      return [self.unit(384, (1, 3), name=f"{name}a")(y, train),
+              self.unit(384, (3, 1), name=f"{name}b")(y, train)]
+
+    single = chain(self.unit, "branch3x3", x, train, (384,))
+    double = chain(self.unit, "branch3x3dbl", x, train, (448,), (384, (3, 3)))
+    return jnp.concatenate([
+      self.unit(320, name="branch1x1")(x, train),
+      *split("branch3x3_2", single), *split("branch3x3dbl_3", double),
+      self.unit(192, name="branch_pool")(average(x), train)], -1)
+
+
+class InceptionV3(nn.Module):
+  """299² → features 8² × 2048; 384² → 10² × 2048.
+
+  Attributes:
+    num_classes: of the dense head `fc`; None leaves it out (logits are None).
+    group_size, momentum: of the normalisation.
+  """
+
+  num_classes: int | None = None
+  group_size: int | None = None
+  momentum: float = 0.9
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
+    """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
+    unit = functools.partial(
+      ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
+    x = x.astype(self.dtype)
+    x = unit(32, (3, 3), 2, (0, 0), name="Conv2d_1a_3x3")(x, train)
+    x = unit(32, (3, 3), 1, (0, 0), name="Conv2d_2a_3x3")(x, train)
+    x = unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train)
+    x = max_pool(x)
+    x = unit(80, name="Conv2d_3b_1x1")(x, train)
+    x = unit(192, (3, 3), 1, (0, 0), name="Conv2d_4a_3x3")(x, train)
+    x = max_pool(x)
+    for name, features in (("b", 32), ("c", 64), ("d", 64)):
+      x = InceptionA(unit, features, name=f"Mixed_5{name}")(x, train)
+    x = InceptionB(unit, name="Mixed_6a")(x, train)
+    for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
+      x = InceptionC(unit, width, name=f"Mixed_6{name}")(x, train)
+    x = InceptionD(unit, name="Mixed_7a")(x, train)
+    x = InceptionE(unit, name="Mixed_7b")(x, train)
+    x = InceptionE(unit, name="Mixed_7c")(x, train)
+    pooled = x.astype(jnp.float32).mean((1, 2))
+    logits = None if self.num_classes is None else nn.Dense(self.num_classes, name="fc")(pooled)
+    return logits, {"features": x, "pooled": pooled}
