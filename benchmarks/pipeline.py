@@ -34,7 +34,8 @@ def main() -> None:
       print(f"{what:24}{row[key]:10.1f}{1000 / row[key]:10.2f}")
     cost = row["cost_over_bare"]
     print(f"cost over bare decoding: {cost['median']:.3f} "
-          f"({cost['min']:.3f} to {cost['max']:.3f}), in processor time {row['processor_cost_over_bare']:.3f}; "
+          f"({cost['min']:.3f} to {cost['max']:.3f}), in processor time "
+          f" {row['processor_cost_over_bare']:.3f}; "
           f"{row['bytes_per_image'] / 1000:.0f} kB a JPEG")
   print(json.dumps(row, allow_nan=False))
 
@@ -63,9 +64,12 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict:
   )
   images = 2 * flags.batch * flags.steps
 
-  # Each round starts afresh and ends wholly: what one prefetches is never timed as the other's.
-  # (images a second, processor seconds): the second is fair on a machine shared with others.
+  # Each round starts afresh and is timed while its reader waits for it, so what one prefetches is
+  # never timed as the other's. Returns images a second and processor seconds; the latter are fair
+  # on a machine shared with others.
   def timed(stream, count: int) -> tuple[float, float]:
+    for _ in range(count // flags.steps * 3):
+      next(stream)
     start, worked = time.perf_counter(), time.process_time()
     for _ in range(count):
       next(stream)

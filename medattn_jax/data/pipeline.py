@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -317,11 +318,12 @@ def _batches(dataset, split, numbers, rows, size, threads, evaluation) -> Iterat
 def _assembled(photographs: Iterator[Batch], rows: int, size: int) -> Iterator[Batch]:
   """Batches of `rows` pairs from single photographs.
 
-  By numpy and not by tf.data: its batches cost a second copy for the pair, and page faults that
-  numpy's large pages spare (together two thirds of what decoding costs).
+  By numpy and not by tf.data: its batches cost a second copy for the pair, and page faults for a
+  fresh buffer each time (together two thirds of what decoding costs).
   """
+  buffers = _Buffers((rows, 2, size, size, 3))
   for first in photographs:
-    batch = {"image": np.empty((rows, 2, size, size, 3), np.uint8)}
+    batch = {"image": buffers.take()}
     for key in first.keys() - batch.keys():
       text = isinstance(first[key], bytes)
       batch[key] = np.empty((rows, 2, *np.shape(first[key])), object if text else first[key].dtype)
@@ -334,6 +336,29 @@ def _assembled(photographs: Iterator[Batch], rows: int, size: int) -> Iterator[B
     if "patient" in batch:
       batch["patient"] = batch["patient"][:, 0]
     yield batch
+    del batch  # or its buffer would never be free
+
+
+class _Buffers:
+  """uint8 arrays of one shape, handed out again once nobody refers to them any more.
+
+  A view, and an array JAX made without a copy, hold a reference to what they show.
+  """
+
+  KEPT = 4
+
+  def __init__(self, shape: tuple[int, ...]):
+    self._shape = shape
+    self._arrays: list[np.ndarray] = []
+    probe = [object()]
+    self._idle = sys.getrefcount(probe[0])
+
+  def take(self) -> np.ndarray:
+    for number in range(len(self._arrays)):
+      if sys.getrefcount(self._arrays[number]) == self._idle:
+        return self._arrays[number]
+    self._arrays = [*self._arrays[1 - self.KEPT :], np.empty(self._shape, np.uint8)]
+    return self._arrays[-1]
 
 
 def _padded(values: tf.Tensor, length: int, fill: int) -> tf.Tensor:
