@@ -55,7 +55,7 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
   with Signals() as signals, contextlib.ExitStack() as stack:
     directory = Workdir(path)
     stack.enter_context(directory.lock())
-    checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     adopt(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
     data = config.data
@@ -155,7 +155,7 @@ def resume(work: Run) -> tuple[Experiment, State]:
     return now, now.initial()
   now, state, meta = found
   step = int(state.step)
-  work.log.truncate_after(step, validation=meta["validated"])
+  work.log.truncate_after(step)
   if step < experiment.total_steps(work.config):
     console.say(f"resuming at step {step} of phase {now.phase}")
   else:
@@ -283,7 +283,7 @@ class Log:
       self.lines.close()
     self.events.close()
 
-  def truncate_after(self, step: int, validation: bool = True) -> None:
+  def truncate_after(self, step: int) -> None:
     if self.lines:
       self.lines.truncate_after(step)
 

@@ -1,0 +1,94 @@
+"""Zoom-in-Net on drawn eyes, on two cores, from nothing to graded eyes with the lesions shown.
+
+Command:   make demo   (medattn train --config=configs/demo.py --workdir=runs/demo)
+Hardware:  two CPU cores; 1, 2, 4 or 8 devices.
+Time:      not yet run.
+Score:     not yet run.
+"""
+
+import ml_collections
+
+
+def phase(
+    steps: int, learning_rate: float, warmup_steps: int, ema: float
+) -> ml_collections.ConfigDict:
+  page = ml_collections.ConfigDict()
+  page.steps = steps
+  page.optimizer = "adamw"
+  page.learning_rate = learning_rate
+  page.momentum = 0.9
+  page.weight_decay = 1e-2
+  page.schedule = "cosine"
+  page.warmup_steps = warmup_steps
+  page.decay_every = 20_000
+  page.decay_rate = 0.1
+  page.accumulation = 1
+  page.clip_norm = 1.0
+  page.ema = ema
+  return page
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.precision = "float32"
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "zoom_in_net"
+  config.model.backbone = "resnet_small"
+  config.model.neck_features = 128
+  config.model.attention_features = 64
+  config.model.crop_backbone = "resnet_tiny"
+  config.model.num_classes = 5
+  config.model.num_regions = 4
+  config.model.crop_size = 128
+  config.model.mask_size = 65
+  config.model.mask_scope = "level"
+  config.model.coords = "resize"
+  config.model.mean = (0.5, 0.5, 0.5)
+  config.model.std = (0.5, 0.5, 0.5)
+
+  config.norm = ml_collections.ConfigDict()
+  config.norm.group_size = 4
+  config.norm.momentum = 0.9
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "synthetic_fundus"
+  config.data.dir = "data"
+  config.data.full_size = 400
+  config.data.image_size = 160
+  config.data.batch_size = 16
+  config.data.balanced = False
+  config.data.synthetic = ml_collections.ConfigDict()  # of data.name = "synthetic_fundus"
+  config.data.synthetic.seed = 0
+  config.data.synthetic.train = 700
+  config.data.synthetic.validation = 120
+  config.data.synthetic.test = 240
+
+  config.augment = ml_collections.ConfigDict()
+  config.augment.dihedral = True
+  config.augment.brightness = 0.05
+  config.augment.contrast = 0.1
+  config.augment.colour = 0.05
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.name = "cross_entropy"
+  config.loss.class_weights = ()
+  config.loss.auxiliary = 0.3
+  config.loss.focal_gamma = 2.0
+
+  config.phases = ml_collections.ConfigDict()
+  config.phases.m = phase(400, 2e-3, 40, 0.99)
+  config.phases.a = phase(120, 2e-3, 20, 0.0)
+  config.phases.c = phase(200, 1e-3, 20, 0.99)
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 100
+  config.checkpoint.keep = 2
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.every = 1000
+  config.evaluation.batch_size = 16
+  config.evaluation.bootstrap = 1000
+  config.logging = ml_collections.ConfigDict()
+  config.logging.every = 10
+  return config
