@@ -1,0 +1,116 @@
+"""Normalisation over groups is what it says, and its closed-form gradient is the gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medattn_jax.models.norm import Conv, GroupBatchNorm
+
+
+def plain(x, scale, bias, group, epsilon=1e-5):
+  """Per-group normalisation, written out; leaves autodiff to it."""
+  parts = []
+  for i in range(0, len(x), group):
+    part = x[i:i + group]
+    mean = part.mean((0, 1, 2))
+    var = ((part - mean) ** 2).mean((0, 1, 2))
+    parts.append((part - mean) / jnp.sqrt(var + epsilon) * scale + bias)
+  return jnp.concatenate(parts)
+
+
+@pytest.fixture
+def case():
+  rng = np.random.default_rng(0)
+  x = rng.normal(1.5, 2, (12, 5, 3, 7)).astype(np.float32)
+  params = {"scale": rng.normal(1, 0.3, 7).astype(np.float32),
+            "bias": rng.normal(size=7).astype(np.float32)}
+  stats = {"mean": rng.normal(size=7).astype(np.float32),
+           "var": rng.uniform(1, 2, 7).astype(np.float32)}
+  return x, params, stats
+
+
+def apply(norm, x, params, stats):
+  y, new = norm.apply(
+    {"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+  return y, new["batch_stats"]
+
+
+@pytest.mark.parametrize("group", [2, 4, 12])
+def test_each_group_is_normalised_alone(case, group):
+  x, params, stats = case
+  y, new = apply(GroupBatchNorm(group, 0.8), x, params, stats)
+  np.testing.assert_allclose(y, plain(x, **params, group=group), atol=2e-5)
+  groups = x.reshape(12 // group, -1, 7)
+  np.testing.assert_allclose(
+    new["mean"], 0.8 * stats["mean"] + 0.2 * groups.mean(1).mean(0), atol=1e-5)
+  np.testing.assert_allclose(
+    new["var"], 0.8 * stats["var"] + 0.2 * groups.var(1).mean(0), rtol=1e-5)
+
+
+def test_none_is_one_group_of_the_whole_batch(case):
+  x, params, stats = case
+  np.testing.assert_allclose(
+    apply(GroupBatchNorm(None), x, params, stats)[0], plain(x, **params, group=12), atol=2e-5)
+
+
+def test_gradient(case):
+  x, params, stats = case
+  weight = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+  ours = jax.grad(
+    lambda x, p: (jnp.sin(apply(GroupBatchNorm(4), x, p, stats)[0]) * weight).sum(), (0, 1))
+  wanted = jax.grad(lambda x, p: (jnp.sin(plain(x, **p, group=4)) * weight).sum(), (0, 1))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+               ours(x, params), wanted(x, params))
+
+
+def test_evaluation_uses_the_running_statistics_alone(case):
+  x, params, stats = case
+  norm = GroupBatchNorm(5)  # does not divide the batch, and need not
+  y = norm.apply({"params": params, "batch_stats": stats}, x, False)
+  wanted = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+  np.testing.assert_allclose(y, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [2, 6, 0])
+def test_a_batch_that_is_not_whole_groups_is_refused(batch):
+  norm = GroupBatchNorm(4)
+  with pytest.raises(ValueError, match="group_size=4"):
+    jax.eval_shape(lambda: norm.init(jax.random.key(0), jnp.zeros((batch, 2, 2, 3)), True))
+
+
+def test_statistics_are_float32_for_bfloat16(case):
+  x, params, stats = case
+  y, new = apply(GroupBatchNorm(4), jnp.asarray(x + 30, jnp.bfloat16), params, stats)
+  assert y.dtype == jnp.bfloat16
+  assert new["mean"].dtype == new["var"].dtype == jnp.float32
+  rounded = np.asarray(jnp.asarray(x + 30, jnp.bfloat16), np.float32)
+  np.testing.assert_allclose(
+    y.astype(jnp.float32), plain(rounded, **params, group=4), atol=0.03, rtol=0.01)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_by_one_is_the_convolution(stride):
+  x = np.random.default_rng(2).normal(size=(2, 7, 6, 5)).astype(np.float32)
+  conv = Conv(4, stride=stride, use_bias=True)
+  variables = conv.init(jax.random.key(0), x)
+  wanted = jax.lax.conv_general_dilated(
+    x, variables["params"]["kernel"], (stride, stride), "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  np.testing.assert_allclose(conv.apply(variables, x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel, stride, padding, side", [
+  ((3, 3), 1, None, 9), ((1, 7), 1, None, 9), ((3, 3), 2, None, 5), ((3, 3), 2, (0, 0), 4)])
+def test_padding_is_symmetric(kernel, stride, padding, side):
+  """PyTorch's: with stride 2, not what XLA's SAME pads."""
+  x = np.random.default_rng(3).normal(size=(1, 9, 9, 2)).astype(np.float32)
+  conv = Conv(1, kernel, stride, padding)
+  variables = conv.init(jax.random.key(0), x)
+  y = conv.apply(variables, x)
+  assert y.shape == (1, side, side, 1)
+  rows, columns = padding or (kernel[0] // 2, kernel[1] // 2)
+  padded = np.pad(x[0], ((rows, rows), (columns, columns), (0, 0)))
+  weights = np.asarray(variables["params"]["kernel"])[..., 0]
+  corner = (padded[:kernel[0], :kernel[1]] * weights).sum()
+  np.testing.assert_allclose(y[0, 0, 0, 0], corner, rtol=1e-4, atol=1e-5)
