@@ -82,7 +82,10 @@ def exclusive(path: pathlib.Path, *, wait: bool) -> Iterator[None]:
 
 
 def install(
-  make: Callable[[str], Any], data_dir: str | os.PathLike, about: Mapping[str, Any]
+  make: Callable[[str], Any],
+  data_dir: str | os.PathLike,
+  about: Mapping[str, Any],
+  notes: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Writes the set of the builder `make(directory)` and puts it into `data_dir` by one rename.
 
@@ -92,6 +95,7 @@ def install(
     make: constructs the TFDS builder over a data_dir.
     data_dir: where the set goes, as <name>/<version>.
     about: JSON-able facts kept in the index (what the set was made from).
+    notes: more of them, by the name of the file within the set they are kept in.
 
   Returns:
     The set's folder.
@@ -113,6 +117,8 @@ def install(
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads
       builder.download_and_prepare()
     folder = aside / relative
+    for name, value in (notes or {}).items():
+      files.write_json(folder / name, value)
     write_index(builder, folder, about)
     for path in [*folder.iterdir(), folder]:
       files.sync_directory(path)  # fsync, of files as of folders
@@ -177,6 +183,12 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
     if path.stat().st_size != size or (digest and files.sha256(path) != digest):
       raise UserError(f"{path} is damaged: it is not what was written; {_remedy(folder)}")
   return content
+
+
+def photographs(folder: pathlib.Path, split: str) -> Iterator[list[bytes]]:
+  """The JPEGs of every example of a set, in order. Raises UserError on damage."""
+  for record in Records(tfds.builder_from_directory(os.fspath(folder)), split):
+    yield list(tf.train.Example.FromString(record).features.feature["images"].bytes_list.value)
 
 
 class Records:

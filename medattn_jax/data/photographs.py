@@ -1,0 +1,177 @@
+"""Photographs prepared by all cores, one file each, so that work once done stays done.
+
+This module starts in the worker processes: it knows no TensorFlow. A file's name is
+<key>.<checksum>.<checksum of the raw file>.<1 if enlarged>.jpg; the key stands for the raw file
+(place, size, time) and what it is to become.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+
+from PIL import Image
+
+from medattn_jax import console, files
+from medattn_jax.data import preprocess
+from medattn_jax.data.sources import Photograph
+
+METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
+POOL_FROM = 8  # fewer photographs are done sooner than processes start
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One photograph to prepare. `key` names its file and what it is to become."""
+
+  path: str
+  store: str
+  key: str
+  full_size: int
+  quality: int
+  there: str = ""  # the file an earlier run left
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """A prepared photograph: its file's name holds its checksum. Or the reason why there is none."""
+
+  name: str = ""
+  reason: str = ""
+  source: str = ""  # checksum of the raw file
+  enlarged: bool = False
+
+
+def jobs_of(
+  photographs: Iterable[Photograph],
+  rejected: list[tuple[str, str]],
+  store: pathlib.Path,
+  full_size: int,
+  quality: int,
+) -> dict[str, Job]:
+  """A job for each photograph that is there, by image_id; what went missing joins `rejected`."""
+  there = {path.name.partition(".")[0]: path.name for path in store.glob("*.jpg")}
+  jobs = {}
+  for photograph in photographs:
+    try:
+      status = os.stat(photograph.path)
+    except OSError as error:
+      rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
+      continue
+    identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
+    identity = json.dumps([*identity, full_size, quality]).encode()
+    key = hashlib.sha256(identity).hexdigest()[:32]
+    jobs[photograph.image_id] = Job(
+      os.fspath(photograph.path), os.fspath(store), key, full_size, quality, there.get(key, "")
+    )
+  return jobs
+
+
+def work(jobs: list[Job], workers: int) -> dict[str, Done]:
+  """Does the jobs, in as many processes; returns what came of each by its key."""
+  from rich.console import Console
+  from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+  terminal = Console(stderr=True)
+  live = console.Live()
+  done: dict[str, Done] = {}
+  with Progress("photographs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
+    task = progress.add_task("", total=len(jobs))
+    for job, result in _results(jobs, workers):
+      done[job.key] = result
+      progress.advance(task)
+      if not terminal.is_terminal:
+        live.show(f"medattn: {len(done)} of {len(jobs)} photographs")
+  return done
+
+
+def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Done]]:
+  if workers == 1 or len(jobs) < POOL_FROM:
+    yield from ((job, _photograph(job)) for job in jobs)
+    return
+  waiting = collections.deque(jobs)
+  while waiting:
+    suspects: list[Job] = []
+    yield from _pooled(waiting, min(workers, len(waiting)), suspects)
+    # A picture has ended its process. Which of those at hand is found by doing each by itself.
+    for job in suspects:
+      alone: list[Job] = []
+      yield from _pooled(collections.deque([job]), 1, alone)
+      if alone:
+        yield job, Done(reason="ends the process that decodes it")
+
+
+def _pooled(
+  waiting: collections.deque[Job], workers: int, suspects: list[Job]
+) -> Iterator[tuple[Job, Done]]:
+  """Results until `waiting` is empty, or a process dies: `suspects` are then those at hand."""
+  pool = concurrent.futures.ProcessPoolExecutor(
+    workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+  )
+  running: dict[concurrent.futures.Future, Job] = {}
+  try:
+    while waiting or running:
+      while waiting and len(running) < 4 * workers:  # bounded, however long the sheet
+        running[pool.submit(_photograph, waiting[0])] = waiting[0]
+        waiting.popleft()
+      ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+      for future in ready:
+        result = future.result()
+        yield running.pop(future), result
+  except BrokenProcessPool:
+    suspects.extend(running.values())
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+  """A worker leaves Ctrl-C to its parent and ends with it, even where that is killed."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  sentinel = multiprocessing.parent_process().sentinel
+
+  def watch() -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _photograph(job: Job) -> Done:
+  """Prepares one photograph into the store, or takes the one that is there and intact."""
+  store = pathlib.Path(job.store)
+  if job.there:
+    _, written, source, enlarged, _ = job.there.split(".")
+    if checksum((store / job.there).read_bytes()) == written:
+      return Done(job.there, source=source, enlarged=enlarged == "1")
+  try:
+    content = preprocess.read_bytes(job.path)
+    raw = preprocess.decode_photograph(content)
+    image = preprocess.prepare_photograph(raw, job.full_size)
+  except preprocess.BadImage as error:
+    return Done(reason=str(error))
+  except MemoryError:
+    return Done(reason="needs more memory than there is")
+  jpeg = io.BytesIO()
+  Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
+  source = checksum(content)
+  enlarged = max(raw.shape[:2]) < job.full_size
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}.jpg"
+  files.write_bytes(store / name, jpeg.getvalue())
+  return Done(name, source=source, enlarged=enlarged)
+
+
+def checksum(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()[:32]

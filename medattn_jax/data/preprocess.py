@@ -1,0 +1,244 @@
+"""From any photograph file to the square picture the models see. numpy and PIL alone.
+
+One way for training data and for `predict`: load_photograph, then prepare_photograph. A file is
+believed nothing: it is opened only if it is a plain file, and decoded only if its size and what
+its header declares are within limits. A picture that cannot be used raises BadImage, whose text is
+the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import stat
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+MAX_BYTES = 256 * 2**20
+MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest fundus cameras have 50 million
+MIN_SIDE = 32
+MAX_ASPECT = 4
+MAX_SCANS = 200  # of a JPEG: a few bytes more each, and a whole decoding pass
+# Raster formats alone: PIL would run another program for EPS.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
+SUFFIXES = (
+  ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm",
+  ".pgm", ".pnm", ".jp2", ".j2k",
+)  # fmt: skip
+BLACK = 8  # below this a pixel is black whatever else the picture shows
+_PLAIN = {"L", "RGB", "CMYK", "YCbCr"}
+_KINDS = (
+  (stat.S_ISDIR, "a folder"),
+  (stat.S_ISFIFO, "a pipe"),
+  (stat.S_ISSOCK, "a socket"),
+  (stat.S_ISCHR, "a device"),
+  (stat.S_ISBLK, "a device"),
+)
+
+
+class BadImage(ValueError):
+  """A picture that cannot be used; the text says why, and follows the file's name."""
+
+
+def resolve(path: str | os.PathLike, root: str | os.PathLike) -> pathlib.Path:
+  """The real place of `path`, a file somewhere below the folder `root`.
+
+  Raises BadImage where it is missing, or a link that dangles, loops or leaves `root`.
+  """
+  path, root = pathlib.Path(path), pathlib.Path(root).resolve()
+  linked = path.is_symlink()
+  try:
+    real = path.resolve(strict=True)
+  except FileNotFoundError:
+    raise BadImage("is a link to nothing" if linked else "is missing") from None
+  except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
+    raise BadImage("is a link in a loop" if linked else "cannot be reached") from None
+  if not real.is_relative_to(root):
+    raise BadImage(f"is a link to outside of {root.name}" if linked else "lies outside")
+  return real
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+  """The bytes of a plain file of sensible size. Never waits; raises BadImage for anything else."""
+  try:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+  except OSError as error:
+    kind = _kind(path)
+    raise BadImage(f"is {kind}" if kind else f"cannot be opened: {error.strerror}") from None
+  with open(descriptor, "rb") as file:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+      raise BadImage(f"is {_kind(path) or 'no plain file'}")
+    if status.st_size > MAX_BYTES:
+      raise BadImage(f"has {status.st_size} bytes, more than {MAX_BYTES}")
+    try:
+      content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+      raise BadImage(f"cannot be read: {error.strerror}") from None
+  if not content:
+    raise BadImage("is empty (0 bytes)")
+  return content
+
+
+def load_photograph(path: str | os.PathLike) -> np.ndarray:
+  """The photograph in the file `path`, upright.
+
+  Returns:
+    uint8 [h, w, 3], RGB. Gray, palette, CMYK and 16-bit pictures are converted, transparent ones
+    laid on black; of several frames the first is taken.
+
+  Raises:
+    BadImage: no picture, a damaged one, or one beyond the limits above.
+  """
+  return decode_photograph(read_bytes(path))
+
+
+def decode_photograph(content: bytes) -> np.ndarray:
+  """load_photograph of a file's bytes."""
+  with warnings.catch_warnings():
+    # PIL warns of oddities that either do not matter or end in an error below.
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    try:
+      image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+      raise BadImage(f"declares more than {MAX_PIXELS} pixels") from None
+    except Exception as error:
+      raise BadImage(_unknown(content, error)) from None
+    _check_size(*image.size)
+    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MAX_SCANS:
+      raise BadImage(f"has more than {MAX_SCANS} scans")
+    try:
+      image.load()
+      return _upright_rgb(image)
+    except BadImage:
+      raise
+    except Exception as error:
+      text = " ".join(str(error).split())[:120]
+      raise BadImage(f"is damaged ({text or type(error).__name__})") from None
+
+
+def prepare_photograph(image: np.ndarray, full_size: int) -> np.ndarray:
+  """Crops the black border, pads to a square with black, and resizes (papers: §1, data path).
+
+  Args:
+    image: uint8 [h, w, 3].
+    full_size: S, the side of the result in pixels.
+
+  Returns:
+    uint8 [S, S, 3]. A picture that is cropped already keeps its pixels.
+
+  Raises:
+    BadImage: nothing but black, or nothing but a small spot.
+  """
+  y0, y1, x0, x1 = field_of_view(image)
+  image = image[y0:y1, x0:x1]
+  height, width = image.shape[:2]
+  side = max(height, width)
+  if height != width:
+    square = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    image = square
+  if side == full_size:
+    return np.ascontiguousarray(image)
+  resized = Image.fromarray(np.ascontiguousarray(image)).resize(
+    (full_size, full_size), Image.Resampling.LANCZOS, reducing_gap=3.0
+  )
+  return np.array(resized)
+
+
+def field_of_view(image: np.ndarray) -> tuple[int, int, int, int]:
+  """Rows y0:y1 and columns x0:x1 of what is not black border.
+
+  A row counts where more than 1 % of it is brighter than 8 % of the picture's bright parts, so that
+  noise, specks and a dark picture mislead it little. An axis with less than 1 % to cut stays whole.
+  """
+  height, width = image.shape[:2]
+  stride = max(1, min(height, width) // 1024)
+  bright = image[::stride, ::stride].max(axis=2)
+  level = np.percentile(bright, 99)
+  if level < BLACK:
+    raise BadImage("is wholly black")
+  lit = bright > max(BLACK, 0.08 * level)
+  edges = []
+  for axis, length in ((1, height), (0, width)):
+    there = np.flatnonzero(lit.mean(axis=axis) > 0.01)
+    if not len(there):
+      raise BadImage("is black but for specks")
+    low, high = there[0] * stride, min((there[-1] + 1) * stride, length)
+    if low + length - high < 0.01 * length:
+      low, high = 0, length
+    edges += [int(low), int(high)]
+  if min(edges[1] - edges[0], edges[3] - edges[2]) < MIN_SIDE // 2:
+    raise BadImage(f"is black but for a spot of {edges[3] - edges[2]}x{edges[1] - edges[0]} pixels")
+  return tuple(edges)
+
+
+def _check_size(width: int, height: int) -> None:
+  size = f"{width}x{height} pixels"
+  if width * height > MAX_PIXELS:
+    raise BadImage(f"declares {size}, more than {MAX_PIXELS}")
+  if min(width, height) < MIN_SIDE:
+    raise BadImage(f"has {size}: at least {MIN_SIDE} a side are needed")
+  if max(width, height) > MAX_ASPECT * min(width, height):
+    raise BadImage(f"has {size}: too thin for a photograph (at most {MAX_ASPECT} to 1)")
+
+
+def _upright_rgb(image: Image.Image) -> np.ndarray:
+  """uint8 [h, w, 3] of a loaded picture of any mode."""
+  with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+    image = ImageOps.exif_transpose(image)
+  if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+    return _from_16_bit(np.asarray(image))
+  if image.mode == "CMYK" and image.info.get("icc_profile"):
+    image = _from_profile(image)
+  if image.mode in ("1", "P", "LA", "PA", "RGBA", "RGBX", "La", "RGBa") or (
+    image.mode in _PLAIN and image.has_transparency_data
+  ):
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+  elif image.mode not in _PLAIN:
+    raise BadImage(f"has pixels of kind {image.mode}: 8 or 16 bits gray or colour are read")
+  return np.array(image.convert("RGB"))
+
+
+def _from_16_bit(gray: np.ndarray) -> np.ndarray:
+  """uint8 RGB of 16-bit gray: scaled, not clipped."""
+  if gray.min() < 0 or gray.max() > 65535:
+    raise BadImage("has 32-bit pixels: 8 or 16 bits gray or colour are read")
+  scaled = ((gray.astype(np.uint32) + 128) // 257).astype(np.uint8)
+  return np.repeat(scaled[:, :, None], 3, axis=2)
+
+
+def _from_profile(image: Image.Image) -> Image.Image:
+  """A CMYK picture in sRGB by its own ink profile; unchanged where that cannot be read."""
+  try:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+    srgb = ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+  except (ImageCms.PyCMSError, OSError):
+    return image
+
+
+def _kind(path: str | os.PathLike) -> str | None:
+  try:
+    mode = os.stat(path).st_mode
+  except OSError:
+    return None
+  return next((name for test, name in _KINDS if test(mode)), None)
+
+
+def _unknown(content: bytes, error: Exception) -> str:
+  start = content[:512].lstrip().lower()
+  if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+    return "is no picture but a web page or XML"
+  if content[128:132] == b"DICM":
+    return "is DICOM, which is not read: export it as PNG or TIFF"
+  if isinstance(error, Image.UnidentifiedImageError):
+    return f"is no picture of a known format ({', '.join(FORMATS)})"
+  return f"is damaged ({' '.join(str(error).split())[:120] or type(error).__name__})"
