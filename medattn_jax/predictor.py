@@ -19,9 +19,9 @@ import numpy as np
 
 from medattn_jax import console, experiment, files, metrics, trained
 from medattn_jax.data import preprocess
+from medattn_jax.data.preprocess import SUFFIXES
 from medattn_jax.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm")
 _SIDE = re.compile(r"(?P<patient>.+)_(?P<eye>left|right)", re.IGNORECASE)
 _ACCEPTED = ("a uint8 array [N, H, W, 3] with N > 0, a sequence of uint8 arrays [H, W, 3], or "
              "paths of image files and folders")
@@ -87,36 +87,29 @@ class Model:
       UserError: an argument that is none of these, a path that is not there, or nothing that can
         be graded.
     """
+    size = self.config.data.full_size
     paths = _paths(images)
     if paths is not None:
       found, rejected = _expand(paths)
-      names = [name for name, _ in found]
-      return self._grade(names, lambda i: preprocess.load_photograph(found[i][1]),
-                         _pairs([path for _, path in found]), rejected)
+      read = lambda i: preprocess.prepare_photograph(preprocess.load_photograph(found[i]), size)
+      return self._grade(found, read, _pairs(found), rejected)
     arrays = _arrays(images)
-    return self._grade([str(i) for i in range(len(arrays))], lambda i: arrays[i],
-                       [(i, i) for i in range(len(arrays))], [])
+    whole = lambda array: array.shape == (size, size, 3)
+    read = lambda i: (
+      arrays[i] if whole(arrays[i]) else preprocess.prepare_photograph(arrays[i], size))
+    each = range(len(arrays))
+    return self._grade([str(i) for i in each], read, [(i, i) for i in each], [])
 
   def _grade(
     self, names: Sequence[str], read: Callable[[int], np.ndarray],
     pairs: Sequence[tuple[int, int]], rejected: list[tuple[str, str]],
   ) -> Result:
-    size = self.config.data.full_size
-
-    def photograph(index: int) -> np.ndarray | str:
-      """The prepared photograph, or why there is none."""
-      try:
-        image = read(index)
-        whole = image.shape == (size, size, 3)
-        return image if whole else preprocess.prepare_photograph(image, size)
-      except preprocess.BadImage as bad:
-        return str(bad)
-
+    """Grades what `read` (an index → the prepared photograph, or BadImage) gives, in pairs."""
     bad: dict[int, str] = {}
     answers: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
     # Rounded up to a power of two: a few compiled sizes serve every number of photographs.
     batch = min(self.config.evaluation.batch_size, 1 << (len(pairs) - 1).bit_length())
-    batches = _batches(pairs, photograph, batch, size, bad)
+    batches = _batches(pairs, read, batch, self.config.data.full_size, bad)
     for given, out in experiment.predictions(self._experiment, self.variables, batches):
       for row, pair in enumerate(given["pairs"]):
         for eye, index in enumerate(pair):
@@ -126,12 +119,12 @@ class Model:
                 answers[name][index] = out[name][row, eye]
     rejected = rejected + [(names[index], bad[index]) for index in sorted(bad)]
     for name, reason in rejected:
-      console.warn(f"{shown(name)}: {reason}; not graded")
+      console.warn(f"{shown(name)} {reason}; not graded")
     graded = sorted(answers["logits"])
     if not graded:
-      name, reason = rejected[0] if rejected else ("the folder", "holds no image file")
-      others = f" (and {len(rejected) - 1} more like it)" if len(rejected) > 1 else ""
-      raise UserError(f"{shown(name)}: {reason}{others}; accepted: photographs as "
+      name, reason = rejected[0]
+      others = f" (and {len(rejected) - 1} more that cannot be graded)" if rejected[1:] else ""
+      raise UserError(f"{shown(name)} {reason}{others}; accepted: photographs as "
                       f"{', '.join(SUFFIXES)}")
     column = lambda name: np.stack([answers[name][i] for i in graded]) if answers[name] else None
     logits = column("logits")
@@ -172,7 +165,7 @@ def run(workdir: str, images: Sequence[str], out: str | None = None) -> None:
   """
   if out is not None:
     _check_out(pathlib.Path(out), images)
-  _modes(images)  # A path that is not there is said before the model is loaded.
+  _are_folders(images)  # A path that is not there is said before the model is loaded.
   result = load(workdir).predict(list(images))
   text = predictions_csv(result).encode("utf-8", "backslashreplace")
   if out is not None:
@@ -257,75 +250,62 @@ def _array(image: Any) -> np.ndarray:
   return np.asarray(image)
 
 
-def _expand(paths: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-  """(name, path) of every candidate file, and (name, reason) of what is none of ours to open."""
-  found: list[tuple[str, str]] = []
+def _expand(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """The candidate files, and (name, reason) of what is not to be opened.
+
+  Raises:
+    UserError: there is no candidate.
+  """
+  found: list[str] = []
   rejected: list[tuple[str, str]] = []
-  for path, mode in zip(paths, _modes(paths), strict=True):
-    if stat.S_ISDIR(mode):
+  for path, is_folder in zip(paths, _are_folders(paths), strict=True):
+    if is_folder:
       _search(path, found, rejected)
-    elif stat.S_ISREG(mode):
-      found.append((path, path))
     else:
-      rejected.append((path, "neither a file nor a folder"))
+      found.append(path)
   if not found:
-    name, reason = rejected[0] if rejected else (paths[0], "holds no image file")
-    raise UserError(f"{shown(name)}: {reason}; accepted: photographs as {', '.join(SUFFIXES)}")
+    name, reason = rejected[0] if rejected else (paths[0], "holds no photograph")
+    raise UserError(f"{shown(name)} {reason}; accepted: {', '.join(SUFFIXES)}")
   return found, rejected
 
 
-def _modes(paths: Sequence[str]) -> list[int]:
-  """What each path is. Raises UserError naming the first that is not there."""
-  modes = []
+def _are_folders(paths: Sequence[str]) -> list[bool]:
+  """Whether each path is a folder. Raises UserError naming the first that is not there."""
+  folders = []
   for path in paths:
     try:
-      modes.append(os.stat(path).st_mode)
+      folders.append(stat.S_ISDIR(os.stat(path).st_mode))
     except (OSError, ValueError) as error:
       why = getattr(error, "strerror", None) or str(error)
-      raise UserError(f"{shown(path)}: {why.lower()}; accepted: image files and folders that are "
-                      "there") from None
-  return modes
+      raise UserError(f"{shown(path) or repr(path)}: {why.lower()}; accepted: image files and "
+                      "folders that are there") from None
+  return folders
 
 
-def _search(
-  folder: str, found: list[tuple[str, str]], rejected: list[tuple[str, str]]
-) -> None:
-  """Adds the image files below `folder`, in the order of their names."""
-  root = pathlib.Path(folder).resolve()
+def _search(folder: str, found: list[str], rejected: list[tuple[str, str]]) -> None:
+  """Adds the image files below `folder`, in the order of their names; no link leads out of it."""
   others = []
 
   def unreadable(error: OSError) -> None:
-    rejected.append((str(error.filename), (error.strerror or str(error)).lower()))
+    rejected.append((str(error.filename), f"cannot be read: {(error.strerror or '').lower()}"))
 
   for inside, below, names in os.walk(folder, onerror=unreadable):
     below.sort()
     for name in sorted(names + [name for name in below if os.path.islink(f"{inside}/{name}")]):
       path = os.path.join(inside, name)
-      reason = _unfit(path, root)
-      if reason:
-        rejected.append((path, reason))
-      elif os.path.splitext(name)[1].lower() in SUFFIXES:
-        found.append((path, path))
-      else:
-        others.append(name)
+      try:
+        if preprocess.resolve(path, folder).is_dir():
+          rejected.append((path, "is a link to a folder"))
+        elif os.path.splitext(name)[1].lower() in SUFFIXES:
+          found.append(path)
+        else:
+          others.append(name)
+      except preprocess.BadImage as reason:
+        rejected.append((path, str(reason)))
   if others:
     told = ", ".join(map(shown, others[:5])) + (", …" if len(others) > 5 else "")
     console.say(f"{shown(folder)}: {len(others)} files that are no photographs by their names "
                 f"are passed over ({told})")
-
-
-def _unfit(path: str, root: pathlib.Path) -> str | None:
-  """Why a directory entry is not to be opened, or None."""
-  try:
-    if os.path.islink(path):
-      target = pathlib.Path(os.path.realpath(path, strict=True))
-      if not target.is_relative_to(root):
-        return "a link that leads out of the folder"
-      if target.is_dir():
-        return "a link to a folder"
-    return None if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
-  except OSError as error:
-    return "a broken link" if os.path.islink(path) else (error.strerror or str(error)).lower()
 
 
 def _pairs(paths: Sequence[str]) -> list[tuple[int, int]]:
@@ -344,20 +324,27 @@ def _pairs(paths: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _batches(
-  pairs: Sequence[tuple[int, int]], photograph: Callable[[int], np.ndarray | str], size: int,
-  side: int, bad: dict[int, str],
+  pairs: Sequence[tuple[int, int]], read: Callable[[int], np.ndarray], size: int, side: int,
+  bad: dict[int, str],
 ) -> Iterator[dict[str, Any]]:
   """Batches of `size` patients: image uint8 [size, 2, side, side, 3] and their pairs.
 
   A pair names the photograph of each eye, None for a copy of the fellow. Photographs that cannot
-  be read go to `bad`; only one batch of them is held at a time.
+  be read go to `bad` with the reason. A batch is read when it is asked for, by a few threads.
   """
+
+  def attempt(index: int) -> np.ndarray | str:
+    try:
+      return read(index)
+    except preprocess.BadImage as reason:
+      return str(reason)
+
   with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
     for begin in range(0, len(pairs), size):
       chunk = pairs[begin : begin + size]
       wanted = sorted({index for pair in chunk for index in pair})
       ready = {}
-      for index, image in zip(wanted, pool.map(photograph, wanted), strict=True):
+      for index, image in zip(wanted, pool.map(attempt, wanted), strict=True):
         (bad if isinstance(image, str) else ready)[index] = image
       images = np.zeros((size, 2, side, side, 3), np.uint8)
       named = []

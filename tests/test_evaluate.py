@@ -1,11 +1,13 @@
-"""evaluate: what it writes can be recomputed from, every photograph once, thresholds off the test."""
+"""evaluate: numbers that can be recomputed, every photograph once, thresholds not from test."""
 
 import csv
 import io
 import json
 import pathlib
+import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -178,3 +180,119 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
   evaluate.check_folder(tmp_path / "new" / "below")
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
   assert pathlib.Path(tmp_path / "file").read_text() == "mine"
+
+
+FILES = {"metrics.json", "predictions.csv", "confusion_matrix.png", "roc.png", "reliability.png",
+         "training_curves.png"}
+
+
+@pytest.fixture(scope="module")
+def evaluated(untrained, tmp_path_factory):
+  """A folder that `evaluate` wrote for the untrained workdir, and what it returned."""
+  out = tmp_path_factory.mktemp("evaluated") / "deep" / "er"
+  return out, evaluate.run(str(untrained), out=str(out))
+
+
+def strict(path):
+  def refuse(constant):
+    raise ValueError(constant)
+
+  return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_the_command_writes_what_a_reader_can_recompute(evaluated, smoke_config):
+  out, found = evaluated
+  assert {path.name for path in out.iterdir()} == FILES
+  assert strict(out / "metrics.json") == found
+  assert (found["step"], found["split"], found["thresholds_from"]) == (12, "test", "validation")
+  rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+  levels = evaluate.open_data(smoke_config, None).levels("test")
+  assert len(rows) == len({row["image"] for row in rows}) == (levels >= 0).sum() == found["images"]
+  assert found["patients"] == len(levels)
+  level, grade = (np.array([int(row[key]) for row in rows]) for key in ("level", "grade"))
+  np.testing.assert_array_equal(level, levels[levels >= 0])
+  assert found["quadratic_weighted_kappa"] == pytest.approx(
+    sk.cohen_kappa_score(level, grade, weights="quadratic", labels=range(5)), abs=1e-9)
+  p = np.array([[float(row[f"p{k}"]) for k in range(5)] for row in rows])
+  assert found["auc_any"] == pytest.approx(sk.roc_auc_score(level > 0, 1 - p[:, 0]), abs=1e-9)
+  assert set(found["branches"]) == {"m_net", "m_a", "zoom_in_net"}
+  assert 0 < found["lesion_recall"]["random_box"] < found["lesion_recall"]["best_box"] <= 1
+
+
+def test_device_count_changes_nothing(untrained, evaluated, smoke_config, monkeypatch):
+  """Three devices, which divide neither the batch nor the split."""
+  from medattn_jax import trained
+
+  _, found = evaluated
+  model = trained.open_workdir(untrained, devices=jax.devices()[:3])
+  data = evaluate.open_data(smoke_config, None)
+  table = evaluate.graded(model.experiment, model.variables, data, "test", smoke_config)
+  tuning = evaluate._tuning(model, data, "test", table)
+  again = evaluate.summarise(table, tuning, model)
+  assert again["confusion_matrix"] == found["confusion_matrix"]
+  assert again["auc_any"] == pytest.approx(found["auc_any"], abs=1e-6)
+  np.testing.assert_allclose(again["thresholds"], found["thresholds"], atol=1e-5)
+  assert again["lesion_recall"] == found["lesion_recall"]
+
+
+def test_validate_finds_what_evaluate_finds(untrained, smoke_config, tmp_path, capsys):
+  """The training loop's kappa and thresholds are those of an evaluation of the same weights."""
+  from medattn_jax import trained
+
+  found = evaluate.run(str(untrained), split="validation", out=str(tmp_path))
+  assert "optimistic" in capsys.readouterr().err
+  model = trained.open_workdir(untrained)
+  data = evaluate.open_data(smoke_config, None)
+  quick = evaluate.validate(model.experiment, model.variables, data, smoke_config)
+  assert quick["kappa"] == pytest.approx(found["quadratic_weighted_kappa"], abs=1e-9)
+  np.testing.assert_allclose(quick["thresholds"], found["thresholds"])
+  assert quick["accuracy"] == found["accuracy"] and quick["auc_referable"] == found["auc_referable"]
+
+
+def test_once_does_nothing_again_for_the_same_weights(untrained, evaluated, monkeypatch, capsys):
+  out, found = evaluated
+  before = (out / "predictions.csv").stat().st_mtime_ns
+  monkeypatch.setattr(evaluate, "graded", None)  # grading again would fail
+  assert evaluate.run(str(untrained), out=str(out), once=True) == found
+  assert "evaluated already" in capsys.readouterr().err
+  assert (out / "predictions.csv").stat().st_mtime_ns == before
+  for damage in ("{", json.dumps(found | {"checkpoint_sha256": "another"})):
+    (out.parent / "other").mkdir(exist_ok=True)
+    (out.parent / "other" / "metrics.json").write_text(damage)
+    with pytest.raises(TypeError):  # it does grade
+      evaluate.run(str(untrained), out=str(out.parent / "other"), once=True)
+
+
+def test_mistakes_write_nothing(untrained, tmp_path):
+  out = tmp_path / "out"
+  for given, words in (
+    ({"split": "tests"}, r"--split=tests.*train.*validation.*test"), ({"step": "99"}, "99"),
+    ({"data": str(tmp_path / "nowhere")}, "nowhere"), ({"step": "newest"}, "newest")):
+    with pytest.raises(UserError, match=words):
+      evaluate.run(str(untrained), out=str(out), **given)
+  with pytest.raises(UserError, match="missing"):
+    evaluate.run(str(tmp_path / "missing"))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_noticed_before_its_numbers_are_used(untrained, tmp_path):
+  place = tmp_path / "run"
+  shutil.copytree(untrained, place)
+  meta = place / "checkpoints" / "12" / "meta.json"
+  meta.write_text(meta.read_text().replace("0.6", "0.7"))
+  with pytest.raises(UserError, match="damaged"):
+    evaluate.run(str(place))
+  assert not (place / "evaluation").exists()
+  (place / "config.json").write_text("{")
+  with pytest.raises(UserError, match=r"config\.json"):
+    evaluate.run(str(place))
+
+
+def test_no_validation_split_takes_the_checkpoints_thresholds(untrained, smoke_config, capsys):
+  from medattn_jax import trained
+
+  model = trained.open_workdir(untrained)
+  rows, source, thresholds = evaluate._tuning(model, dataset(test=4), "test", {})
+  assert rows is None and thresholds.tolist() == [0.6, 1.4, 2.4, 3.4]
+  assert source == "the checkpoint's validation"
+  assert "no validation split" in capsys.readouterr().err

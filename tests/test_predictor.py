@@ -1,0 +1,269 @@
+"""predictor: pairs, folders, bad files; the same answers on any devices; nothing of TensorFlow."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import medattn_jax
+from medattn_jax import evaluate, metrics, predictor, trained
+from medattn_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(untrained):
+  return medattn_jax.load(untrained, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def photographs():
+  """uint8 [5, 128, 128, 3], as the network takes them."""
+  from medattn_jax.data import synthetic
+
+  eyes = [eye.image for i in range(4) for eye in synthetic.draw_patient(3, i, 128).eyes]
+  return np.stack(eyes[:5])
+
+
+def save(photograph, path):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(photograph).save(path)
+  return str(path)
+
+
+def test_answers_are_the_networks(model, photographs):
+  """Against the network applied by hand: each photograph its own fellow."""
+  result = model.predict(photographs)
+  image = np.stack([photographs, photographs], axis=1)
+  network = model._experiment.model
+  apply = jax.jit(lambda variables, x: network.apply(variables, x, phase="c", train=False))
+  logits, out = apply(model.variables, image)
+  expected = np.asarray(jax.nn.softmax(logits[:, 0]))
+  np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+  np.testing.assert_array_equal(result.boxes, out["boxes"][:, 0])
+  np.testing.assert_allclose(result.attention, out["G"][:, 0], atol=1e-4)
+  np.testing.assert_allclose(result.score, result.probabilities @ np.arange(5))
+  np.testing.assert_array_equal(result.grade, np.digitize(result.score, [0.6, 1.4, 2.4, 3.4]))
+  assert result.images == ("0", "1", "2", "3", "4") and result.rejected == ()
+  assert len(np.unique(result.score)) == 5
+
+
+def test_any_number_of_devices_and_any_company(untrained, model, photographs):
+  """A photograph's answer depends neither on the devices nor on what it is graded with."""
+  whole = model.predict(photographs)
+  eight = medattn_jax.load(untrained).predict(photographs)
+  np.testing.assert_allclose(whole.probabilities, eight.probabilities, atol=1e-5)
+  alone = model.predict(photographs[3:4])
+  np.testing.assert_allclose(whole.probabilities[3:4], alone.probabilities, atol=1e-5)
+
+
+def test_files_of_a_folder_are_paired(model, photographs, tmp_path):
+  """Left and right of one folder see one another; the same names in two folders do not."""
+  left = save(photographs[0], tmp_path / "a" / "10_left.png")
+  right = save(photographs[1], tmp_path / "a" / "10_right.png")
+  other = save(photographs[1], tmp_path / "b" / "10_right.png")
+  pair = model.predict([left, right])
+  apart = model.predict([left, other])
+  alone = model.predict([left])
+  np.testing.assert_allclose(apart.probabilities[0], alone.probabilities[0], atol=1e-5)
+  assert np.abs(pair.probabilities[0] - alone.probabilities[0]).max() > 1e-3
+  assert pair.images == (left, right)
+  np.testing.assert_allclose(
+    model.predict([right, left]).probabilities, pair.probabilities[::-1], atol=1e-5)
+
+
+def test_pairs_by_name():
+  paths = ["d/10_left.png", "d/11_right.png", "e/10_right.png", "d/10_RIGHT.jpg", "d/left.png",
+           "d/10_left.jpg", "d/_left.png", "d/a_b_right.png", "d/a_b_left.png"]
+  assert predictor._pairs(paths) == [(0, 3), (1, 1), (2, 2), (4, 4), (5, 5), (6, 6), (8, 7)]
+
+
+def test_folders_to_the_bottom_and_bad_files_named(model, photographs, tmp_path, capsys):
+  """The good are graded in the order of their names, the bad named with their reason."""
+  folder, outside = tmp_path / "in", tmp_path / "outside"
+  good = [save(photographs[0], folder / "a.png"),
+          save(photographs[1], folder / "deep" / "er" / "é ,\"視.JPG")]
+  secret = save(photographs[2], outside / "secret.png")
+  (folder / "b.jpg").write_bytes(b"<html>no picture</html>")
+  (folder / "c.jpg").write_bytes(b"")
+  (folder / "notes.txt").write_text("mine")
+  (folder / "link.png").symlink_to(secret)
+  (folder / "dangling.png").symlink_to(folder / "nothing")
+  (folder / "loop.png").symlink_to(folder / "loop.png")
+  (folder / "deep" / "up").symlink_to(folder)
+  (folder / "inside.png").symlink_to(folder / "a.png")
+  os.mkfifo(folder / "pipe.png")
+  result = model.predict(str(folder))
+  assert sorted(result.images) == sorted([*good, str(folder / "inside.png")])
+  reasons = {os.path.basename(name): reason for name, reason in result.rejected}
+  assert reasons.keys() == {
+    "b.jpg", "c.jpg", "link.png", "dangling.png", "loop.png", "up", "pipe.png"}
+  assert "outside" in reasons["link.png"] and "link to nothing" in reasons["dangling.png"]
+  assert "pipe" in reasons["pipe.png"] and "empty" in reasons["c.jpg"]
+  said = capsys.readouterr().err
+  for name in reasons:
+    assert name in said
+  assert "1 files that are no photographs" in said and "notes.txt" in said
+
+
+def test_a_bad_fellow_costs_its_fellow_nothing(model, photographs, tmp_path):
+  left = save(photographs[0], tmp_path / "10_left.png")
+  (tmp_path / "10_right.png").write_bytes(b"\x89PNG broken")
+  result = model.predict([left, str(tmp_path / "10_right.png")])
+  assert result.images == (left,) and len(result.rejected) == 1
+  np.testing.assert_allclose(
+    result.probabilities, model.predict([left]).probabilities, atol=1e-5)
+
+
+def black(*shape):
+  return np.zeros(shape, np.uint8)
+
+
+@pytest.mark.parametrize("images", [
+  np.zeros((2, 8, 8, 3), np.float32), black(8, 8, 3), black(2, 8, 8, 4), black(0, 8, 8, 3),
+  black(1, 0, 8, 3), [], (), None, 7, {"a": 1}, [black(8, 8)], [black(8, 8, 3), "a.png"],
+  [[1, 2], [3]], b""])
+def test_wrong_arguments_are_answered_with_what_is_accepted(model, images):
+  with pytest.raises(UserError, match=r"uint8|accepted"):
+    model.predict(images)
+
+
+@pytest.mark.parametrize("path", ["missing.png", "a\0b.png", ""])
+def test_missing_paths_are_named(model, path, tmp_path):
+  with pytest.raises(UserError, match="accepted"):
+    model.predict([str(tmp_path / path) if path else path])
+
+
+def test_load_refuses_what_is_no_workdir(untrained, tmp_path):
+  (tmp_path / "file").write_text("x")
+  for place in (tmp_path, tmp_path / "missing", tmp_path / "file", "", None, 3):
+    with pytest.raises(UserError, match=r"workdir|config\.json"):
+      medattn_jax.load(place)
+  for step in (99, "newest", -1, 1.5, None):
+    with pytest.raises(UserError, match="step"):
+      medattn_jax.load(untrained, step=step)
+
+
+def test_load_refuses_damage(untrained, tmp_path):
+  """A flipped bit of the weights; a config.json that is another model's."""
+  place = tmp_path / "run"
+  shutil.copytree(untrained, place)
+  largest = max((p for p in (place / "checkpoints" / "12").rglob("*") if p.is_file()),
+                key=lambda p: p.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 4
+  largest.write_bytes(bytes(content))
+  with pytest.raises(UserError, match="damaged"):
+    medattn_jax.load(place)
+  shutil.rmtree(place)
+  shutil.copytree(untrained, place)
+  page = json.loads((place / "config.json").read_text())
+  page["model"]["mask_size"] = 27
+  (place / "config.json").write_text(json.dumps(page))
+  with pytest.raises(UserError, match=r"model\.mask_size = 27"):
+    medattn_jax.load(place)
+
+
+def test_thresholds_come_from_where_they_were_tuned(untrained, tmp_path):
+  place = predictor.trained.Workdir(tmp_path)
+  tuned = [0.1, 0.2, 0.3, 0.4]
+  assert trained._thresholds({"thresholds": tuned}, place, 3, 5)[0].tolist() == tuned
+  start = [0.5, 1.5, 2.5, 3.5]
+  for wrong in (None, [1, 2], [2, 1, 3, 4], ["a"] * 4, [float("nan")] * 4):
+    found, source = trained._thresholds({"thresholds": wrong}, place, 3, 5)
+    assert found.tolist() == start and source == trained.ROUNDING
+  (tmp_path / "evaluation").mkdir()
+  path = tmp_path / "evaluation" / "metrics.json"
+  path.write_text(json.dumps({"step": 3, "thresholds": tuned}))
+  assert trained._thresholds({"thresholds": None}, place, 3, 5)[0].tolist() == tuned
+  assert trained._thresholds({"thresholds": None}, place, 4, 5)[0].tolist() == start
+  path.write_text("[" * 100000)
+  assert trained._thresholds({"thresholds": None}, place, 3, 5)[0].tolist() == start
+
+
+def test_command_writes_a_csv_or_nothing(untrained, photographs, tmp_path, capfdbinary):
+  good = save(photographs[0], tmp_path / "in" / "10_left.png")
+  bad = tmp_path / "bad.png"
+  bad.write_bytes(b"nothing")
+  out = tmp_path / "grades.csv"
+  predictor.run(str(untrained), [good, str(bad)], str(out))
+  rows = list(csv.DictReader(out.read_text().splitlines()))
+  assert list(rows[0]) == ["image", "grade", "score", "p0", "p1", "p2", "p3", "p4"]
+  assert [row["image"] for row in rows] == [good]
+  assert sum(float(rows[0][f"p{k}"]) for k in range(5)) == 1
+  said = capfdbinary.readouterr().err.decode()
+  assert str(bad) in said and "1 graded, 1 not" in said
+  predictor.run(str(untrained), [good])
+  assert capfdbinary.readouterr().out.decode() == out.read_text()
+  for images, where in (([str(bad)], "none.csv"), ([good], "no/folder.csv"), ([good], "in"),
+                        ([good], good), ([good, "missing.png"], "none.csv")):
+    with pytest.raises(UserError):
+      predictor.run(str(untrained), images, str(tmp_path / where))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "grades.csv", "in"]
+  with Image.open(good) as kept:
+    assert kept.size == (128, 128)
+
+
+def test_predict_agrees_with_evaluate(model, smoke_config):
+  """The photographs of a data set, each its own fellow, are graded alike by both."""
+  dataset = evaluate.open_data(smoke_config, None)
+  batch = next(evaluate.batches_of(dataset, "test", smoke_config))
+  batch["image"][:, 1] = batch["image"][:, 0]
+  table = evaluate.collect(model._experiment, model.variables, [batch])
+  first = np.flatnonzero(np.isin(table["image"], batch["image_id"][:, 0]))
+  result = model.predict(batch["image"][:, 0])
+  expected = metrics.probabilities_of(table["logits"][first])
+  np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+  np.testing.assert_array_equal(result.boxes, table["boxes"][first])
+
+
+def test_nothing_of_tensorflow_and_a_quick_import(untrained):
+  """load and predict import no TensorFlow, TFDS or clu; `import medattn_jax` not even JAX."""
+  script = f"""
+import sys, time
+begin = time.perf_counter()
+import medattn_jax
+spent = time.perf_counter() - begin
+assert spent < 0.3, spent
+assert "jax" not in sys.modules and "numpy" not in sys.modules
+import numpy as np
+model = medattn_jax.load({str(untrained)!r})
+model.predict(np.zeros((1, 128, 128, 3), np.uint8) + np.arange(128, dtype=np.uint8)[:, None, None])
+heavy = [name for name in sys.modules if name.split(".")[0] in
+         ("tensorflow", "tensorflow_datasets", "clu")]
+assert not heavy, heavy[:5]
+import jax
+assert not jax.config.jax_compilation_cache_dir
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                        check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_names_of_the_package():
+  assert set(dir(medattn_jax)) >= {"load", "backbone", "from_torch", "crops", "experiment"}
+  assert medattn_jax.crops.select_regions and medattn_jax.experiment.build
+  with pytest.raises(AttributeError, match="lode"):
+    medattn_jax.lode  # noqa: B018
+
+
+def test_shown_is_one_printable_line():
+  name = "a\nb\x1b[2J\udcff é"
+  assert predictor.shown(name).isprintable() and "é" in predictor.shown(name)
+
+
+def test_predictions_csv_reads_back_exactly():
+  rng = np.random.default_rng(0)
+  p = rng.dirichlet(np.ones(5), 3)
+  result = predictor.Result(("a,\"b", "c\nd", "視"), p, p @ np.arange(5), np.array([0, 1, 2]), None,
+                            None, ())
+  rows = list(csv.DictReader(io.StringIO(predictor.predictions_csv(result), newline="")))
+  assert [row["image"] for row in rows] == list(result.images)
+  np.testing.assert_array_equal([[float(row[f"p{k}"]) for k in range(5)] for row in rows], p)
