@@ -285,6 +285,16 @@ def test_steps_that_are_not_there_are_the_users_error(tmp_path):
   assert checkpoints.steps() == [4] and os.listdir(tmp_path) == ["4"]
 
 
+def test_a_step_that_lost_its_manifest_is_passed_over_aloud(tmp_path, capsys):
+  checkpoints = saved(tmp_path, 4, 8)
+  (tmp_path / "8/manifest.json").unlink()
+  assert checkpoints.resolve("last") == checkpoints.resolve("best") == 4
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 2 and all(
+    "8: damaged checkpoint: manifest.json is missing" in s for s in said
+  )
+
+
 def test_a_step_saved_twice_is_left_alone_mended_or_replaced(tmp_path, capsys):
   checkpoints = saved(tmp_path, 1)
   checkpoints.save(1, small(99), {"new": True})
