@@ -1,0 +1,86 @@
+"""The smallest run of M-Net alone, for the tests of the training loop."""
+
+import ml_collections
+
+
+def phase(
+    steps: int, learning_rate: float, warmup_steps: int, ema: float
+) -> ml_collections.ConfigDict:
+  page = ml_collections.ConfigDict()
+  page.steps = steps
+  page.optimizer = "adamw"
+  page.learning_rate = learning_rate
+  page.momentum = 0.9
+  page.weight_decay = 1e-2
+  page.schedule = "cosine"
+  page.warmup_steps = warmup_steps
+  page.decay_every = 20_000
+  page.decay_rate = 0.1
+  page.accumulation = 1
+  page.clip_norm = 1.0
+  page.ema = ema
+  return page
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.precision = "float32"
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "m_net"
+  config.model.backbone = "resnet_tiny"
+  config.model.neck_features = 16
+  config.model.attention_features = 32
+  config.model.crop_backbone = "resnet_tiny"
+  config.model.num_classes = 5
+  config.model.num_regions = 4
+  config.model.crop_size = 40
+  config.model.mask_size = 26
+  config.model.mask_scope = "level"
+  config.model.coords = "resize"
+  config.model.mean = (0.5, 0.5, 0.5)
+  config.model.std = (0.5, 0.5, 0.5)
+
+  config.norm = ml_collections.ConfigDict()
+  config.norm.group_size = 2
+  config.norm.momentum = 0.9
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "synthetic_fundus"
+  config.data.dir = "data"
+  config.data.full_size = 48
+  config.data.image_size = 32
+  config.data.batch_size = 4
+  config.data.balanced = False
+  config.data.synthetic = ml_collections.ConfigDict()  # of data.name = "synthetic_fundus"
+  config.data.synthetic.seed = 0
+  config.data.synthetic.train = 12
+  config.data.synthetic.validation = 6
+  config.data.synthetic.test = 6
+
+  config.augment = ml_collections.ConfigDict()
+  config.augment.dihedral = True
+  config.augment.brightness = 0.0
+  config.augment.contrast = 0.0
+  config.augment.colour = 0.0
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.name = "cross_entropy"
+  config.loss.class_weights = ()
+  config.loss.auxiliary = 0.3
+  config.loss.focal_gamma = 2.0
+
+  config.phases = ml_collections.ConfigDict()
+  config.phases.joint = phase(12, 1e-3, 2, 0.9)
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 3
+  config.checkpoint.keep = 2
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.every = 6
+  config.evaluation.batch_size = 8
+  config.evaluation.bootstrap = 100
+  config.logging = ml_collections.ConfigDict()
+  config.logging.every = 1
+  return config

@@ -1,0 +1,124 @@
+"""What is assembled: the compiled programs, the phases, and answers on any device count."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medattn_jax import config, experiment
+from medattn_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+SGD = [(f"phases.{p}.optimizer", "sgd") for p in "mac"]
+
+
+def smoke(*overrides):
+  return config.load_page(str(CONFIGS / "smoke.py"), [*overrides, *SGD])
+
+
+def batch(page, seed=0):
+  rng = np.random.default_rng(seed)
+  size, patients = page.data.full_size, page.data.batch_size
+  return {
+      "image": rng.integers(0, 256, (patients, 2, size, size, 3), np.uint8),
+      "level": rng.integers(0, 5, (patients, 2)).astype(np.int32),
+      "mask": np.ones((patients, 2), np.float32),
+  }
+
+
+@pytest.mark.parametrize("phase", ["m", "a", "c"])
+def test_demo_step_on_eight_devices_has_one_all_reduce_and_donates_its_state(phase):
+  page = config.load_page(str(CONFIGS / "demo.py"))
+  now = experiment.build(page, phase=phase)
+  assert now.mesh.size == 8
+  text = now.lower_train_step().compile().as_text()
+  collectives = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+  assert re.findall(collectives, text) == ["all-reduce"]
+  entry = text[text.index("\nENTRY") :]
+  assert re.findall(collectives, entry) == ["all-reduce"]  # and it stands outside every loop
+  aliases = len(re.findall(r"(?:may|must)-alias\)", text[: text.index("\n")]))
+  assert aliases == len(jax.tree.leaves(now.abstract_state))
+
+
+def test_one_device_and_eight_take_the_same_step():
+  page = smoke()
+  after = []
+  for devices in (1, 8):
+    now = experiment.build(page, phase="c", devices=jax.devices()[:devices])
+    before = jax.device_get(now.initial().params)
+    state, metrics = now.train_step(now.initial(), now.put_train([batch(page)]))
+    moved = jax.tree.map(lambda a, b: a - b, jax.device_get(state.params), before)
+    after.append((float(metrics["loss"]), moved, jax.device_get(state.batch_stats)))
+  (loss, moved, stats), (other_loss, other_moved, other_stats) = after
+  assert loss == pytest.approx(other_loss, rel=1e-5)
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved))
+  for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(other_moved), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale)
+  for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(other_stats), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_m_net_is_bit_equal_after_phase_a_and_a_net_is_not():
+  page = smoke()
+  now = experiment.build(page, phase="a", devices=jax.devices()[:1])
+  before = jax.device_get(now.initial())
+  state = now.initial()
+  for seed in range(2):
+    state, _ = now.train_step(state, now.put_train([batch(page, seed)]))
+  after = jax.device_get(state)
+  for tree, held in ((after.params, before.params), (after.batch_stats, before.batch_stats)):
+    for name in ("m_net", "c_net"):
+      assert jax.tree.all(jax.tree.map(np.array_equal, tree[name], held[name]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, tree["a_net"], held["a_net"]))
+
+
+def test_a_new_phase_begins_from_the_averaged_params():
+  page = smoke(("phases.m.ema", "0.9"))
+  first = experiment.build(page, phase="m", devices=jax.devices()[:1])
+  state, _ = first.train_step(first.initial(), first.put_train([batch(page)]))
+  average = jax.device_get(state.ema)
+  second = experiment.build(page, phase="a", devices=jax.devices()[:1])
+  entered = second.enter(state)
+  assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(entered.params), average))
+  assert int(entered.step) == 1 and entered.ema is None
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), entered)
+  assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), second.abstract_state)
+
+
+def test_answers_do_not_depend_on_the_device_count():
+  page = smoke()
+  batches = [batch(page, 0), {k: v[:3] for k, v in batch(page, 1).items()}]
+  answers = []
+  for devices in (1, 8):
+    now = experiment.build(page, devices=jax.devices()[:devices])
+    found = list(experiment.predictions(now, now.variables(now.initial()), batches))
+    assert [len(out["logits"]) for _, out in found] == [page.data.batch_size, 3]
+    answers.append(np.concatenate([out["logits"] for _, out in found]))
+  np.testing.assert_allclose(*answers, rtol=1e-4, atol=1e-5)
+
+
+def test_phases_follow_the_model_and_divide_the_steps():
+  page = smoke(("phases.m.steps", "3"), ("phases.a.steps", "0"), ("phases.c.steps", "2"))
+  assert experiment.phases(page) == ("m", "a", "c")
+  assert [experiment.phase_at(page, step) for step in range(6)] == list("mmmccc")
+  assert experiment.total_steps(page) == 5
+  now = experiment.build(page, phase="c")
+  assert (now.begins, now.ends) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (("model.name", "zoom_in"), "did you mean zoom_in_net"),
+        (("model.backbone", "resnet_smal"), "did you mean resnet_small"),
+        (("model.name", "m_net"), "accepted for model.name = m_net: joint"),
+        (("data.batch_size", "12"), "a multiple of 8"),
+        (("norm.group_size", "3"), "norm.group_size"),
+    ],
+)
+def test_what_cannot_be_assembled_is_named(override, words):
+  with pytest.raises(UserError, match=words):
+    experiment.check(smoke(override), devices=8)

@@ -1,0 +1,203 @@
+"""A struck run ends as one nobody struck: the same params to the bit, the same log."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from medattn_jax.checkpoint import Checkpoints
+
+PAGE = str(pathlib.Path(__file__).parent / "pages" / "tiny.py")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp("data")
+
+
+def command(workdir, data_dir, *flags):
+  return [
+      sys.executable, "-m", "medattn_jax", "train", f"--config={PAGE}", f"--workdir={workdir}",
+      f"--config.data.dir={data_dir}", *flags,
+  ]  # fmt: skip
+
+
+def start(workdir, data_dir, *flags, devices=1):
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+  return subprocess.Popen(
+      command(workdir, data_dir, *flags),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=environment,
+  )
+
+
+def train(workdir, data_dir, *flags, devices=1):
+  process = start(workdir, data_dir, *flags, devices=devices)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  status, out, err = train(workdir, data_dir)
+  assert status == 0, err
+  assert "M-Net" in out
+  return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def logged(workdir, name="loss"):
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [(line["step"], line["phase"], line[name]) for line in lines if name in line]
+
+
+def assert_same_run(workdir, other):
+  (tree, meta), (expected, expected_meta) = (
+      Checkpoints(w / "checkpoints").load(STEPS) for w in (workdir, other)
+  )
+  same = jax.tree.map(np.array_equal, tree, expected)
+  assert jax.tree.all(same), [k for k, v in jax.tree.leaves_with_path(same) if not v]
+  assert {k: meta[k] for k in ("kappa", "thresholds")} == {
+      k: expected_meta[k] for k in ("kappa", "thresholds")
+  }
+  assert logged(workdir) == logged(other)
+  assert logged(workdir, "validation_accuracy") == logged(other, "validation_accuracy")
+
+
+def wait_for_step(process, workdir, step):
+  while process.poll() is None and time.monotonic():
+    log = workdir / "metrics.jsonl"
+    if log.exists() and len(log.read_text().splitlines()) >= step:
+      return
+    time.sleep(0.01)
+  raise AssertionError(process.communicate()[1])
+
+
+def test_a_finished_run_holds_what_is_promised(finished):
+  assert [step for step, _, _ in logged(finished)] == list(range(1, STEPS + 1))
+  assert Checkpoints(finished / "checkpoints").steps()[-1] == STEPS
+  assert json.loads((finished / "config.json").read_text())["model"]["name"] == "m_net"
+  metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
+  assert metrics["split"] == "test" and metrics["patients"] == 6
+  assert list((finished / "tensorboard").iterdir())
+  assert list((finished / "compilation_cache").iterdir())
+  first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+  assert {"step", "phase", "loss", "learning_rate", "images_per_second"} <= first.keys()
+
+
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_killed_at_any_moment_it_ends_bit_equal(finished, tmp_path, data_dir, step):
+  workdir = tmp_path / "run"
+  process = start(workdir, data_dir)
+  wait_for_step(process, workdir, step)
+  process.kill()
+  process.communicate()
+  status, _, err = train(workdir, data_dir)
+  assert status == 0, err
+  assert_same_run(workdir, finished)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_saves_where_it_is(finished, tmp_path, data_dir, number, status):
+  workdir = tmp_path / "run"
+  process = start(workdir, data_dir)
+  wait_for_step(process, workdir, 4)
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == status, err
+  assert "Traceback" not in err
+  steps = Checkpoints(workdir / "checkpoints").steps()
+  assert steps[-1] >= 4 and steps[-1] == logged(workdir)[-1][0]
+  assert not (workdir / "evaluation").exists()
+  again, _, err = train(workdir, data_dir)
+  assert again == 0 and f"resuming at step {steps[-1]}" in err, err
+  assert_same_run(workdir, finished)
+
+
+def test_a_damaged_newest_checkpoint_is_noticed_and_passed_over(finished, copy, data_dir):
+  newest = max((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))
+  largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  shutil.rmtree(copy / "evaluation")
+  status, _, err = train(copy, data_dir)
+  assert status == 0 and "damaged" in err and f"checkpoints/{STEPS}" in err, err
+  assert_same_run(copy, finished)
+
+
+def test_run_again_when_done_trains_nothing(copy, data_dir):
+  before = (copy / "metrics.jsonl").read_bytes()
+  status, _, err = train(copy, data_dir)
+  assert status == 0 and "nothing to train" in err
+  assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.model.backbone=resnet_small", "model.backbone"),
+        ("--config.seed=3", "seed"),
+        ("--config.phases.joint.learning_rate=1", "phases.joint.learning_rate"),
+        ("--config.model.name=zoom_in_net", "model.name"),
+        ("--config.data.name=nowhere", "data.name"),
+    ],
+)
+def test_another_run_is_refused_and_harms_nothing(copy, data_dir, flag, words):
+  before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
+  status, _, err = train(copy, data_dir, flag)
+  assert status == 2 and words in err and "Traceback" not in err, err
+  assert err.strip().splitlines()[-1].startswith("medattn: error: ")
+  assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_second_training_is_refused_and_the_first_goes_on(finished, tmp_path, data_dir):
+  workdir = tmp_path / "run"
+  first = start(workdir, data_dir)
+  wait_for_step(first, workdir, 1)
+  status, _, err = train(workdir, data_dir)
+  assert status == 2 and "another training" in err
+  assert first.wait(timeout=120) == 0
+  assert_same_run(workdir, finished)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path, data_dir):
+  status, _, err = train(tmp_path / "run", data_dir, "--config.phases.joint.learning_rate=1e30")
+  assert status == 2 and "at step" in err and "learning_rate" in err and "Traceback" not in err
+  assert not Checkpoints(tmp_path / "run" / "checkpoints").steps()
+  assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_another_device_count_goes_on(finished, tmp_path, data_dir):
+  workdir = tmp_path / "run"
+  process = start(workdir, data_dir)
+  wait_for_step(process, workdir, 4)
+  process.send_signal(signal.SIGTERM)
+  process.communicate()
+  status, _, err = train(workdir, data_dir, devices=2)
+  assert status == 0 and "resuming" in err, err
+  np.testing.assert_allclose(
+      [loss for *_, loss in logged(workdir)], [loss for *_, loss in logged(finished)], rtol=1e-3
+  )
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(tmp_path, data_dir):
+  status, _, err = train(tmp_path / "run", data_dir, devices=3)
+  assert status == 2 and "data.batch_size" in err and "a multiple of 3" in err
+  assert not (tmp_path / "run").exists()
