@@ -49,7 +49,7 @@ ADDRESS = {
   "matplotlib": {"analysis"},
   "torch": {"models"},
   "runpy": {"config"},  # a config page is a program, and nothing else is
-  "importlib": {"__init__", "config", "models", "doctor"},
+  "importlib": {"__init__", "config", "models", "data", "doctor"},
 }
 # Who may not import a library, not even by way of another module that is imported at its top.
 _NO_TENSORFLOW = ("tensorflow", "tensorflow_datasets", "clu")
