@@ -7,14 +7,11 @@ import numpy as np
 from medattn_jax.models.attention import AttentionNet
 
 
-def test_gate():
+def test_gate(draw_variables):
   net = AttentionNet(5, features=8)
   m = np.random.default_rng(0).normal(size=(4, 3, 6, 7)).astype(np.float32)
-  variables = net.init(jax.random.key(0), m)
-  # Away from the calm start, where all maps are nearly level.
-  variables = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape),
-                           variables)
-  y, out = net.apply(variables, m)
+  variables = draw_variables(net, m)
+  y, out = jax.jit(net.apply)(variables, m)
   np.testing.assert_allclose(out["A"].sum((1, 2)), np.ones((4, 5)), rtol=1e-5)
   np.testing.assert_allclose(out["G"], out["S"] * out["A"], rtol=1e-6)
   np.testing.assert_allclose(y, out["G"].sum((1, 2)), rtol=1e-5)
@@ -28,11 +25,11 @@ def test_gate():
 def test_every_parameter_learns_from_the_first_step():
   net = AttentionNet(5, features=8, group_size=4)
   m = np.random.default_rng(0).normal(size=(8, 4, 4, 7)).astype(np.float32)
-  variables = net.init(jax.random.key(0), m)
+  variables = jax.jit(net.init)(jax.random.key(0), m)
 
   def loss(params):
     (y, _), _ = net.apply({**variables, "params": params}, m, True, mutable=["batch_stats"])
     return (y ** 2).sum() + y[:, 0].sum()
 
-  for path, leaf in jax.tree.leaves_with_path(jax.grad(loss)(variables["params"])):
+  for path, leaf in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables["params"])):
     assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
