@@ -34,31 +34,51 @@ def smoke_config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def untrained(tmp_path_factory, smoke_config):
-  """A workdir of the smoke page: step 12, phase c, weights drawn by chance. Not to be changed."""
+def make_untrained(tmp_path_factory):
+  """make(config, phase): a workdir with one checkpoint, step 12, of weights drawn by chance."""
   import numpy as np
 
   from medattn_jax import config, experiment
   from medattn_jax.checkpoint import Checkpoints
   from medattn_jax.workdir import Workdir
 
-  place = Workdir(tmp_path_factory.mktemp("untrained") / "run")
-  place.path.mkdir()
-  now = experiment.build(smoke_config, "c", jax.devices()[:1])
-  state = now.initial()
-  rng = np.random.default_rng(0)
+  def make(page, phase):
+    place = Workdir(tmp_path_factory.mktemp("untrained") / "run")
+    place.path.mkdir()
+    state = experiment.build(page, phase, jax.devices()[:1]).initial()
+    rng = np.random.default_rng(0)
 
-  def drawn(x):  # zero and near-zero layers (the heads) would answer the same for every photograph
-    spread = rng.normal(0, 1 / np.sqrt(x[..., 0].size), x.shape) if x.ndim > 1 else 0
-    return (np.asarray(x) + spread).astype(x.dtype)
+    def drawn(x):  # zero and near-zero layers (the heads) would answer the same for all
+      spread = rng.normal(0, 1 / np.sqrt(x[..., 0].size), x.shape) if x.ndim > 1 else 0
+      return (np.asarray(x) + spread).astype(x.dtype)
 
-  params = jax.tree.map(drawn, state.params)
-  tree = {name: getattr(state, name) for name in state.__dataclass_fields__}
-  tree |= {"params": params, "ema": params, "step": np.int32(12)}
-  place.write_config(config.to_dict(smoke_config))
-  meta = {"step": 12, "phase": "c", "phase_index": 2, "config": config.to_dict(smoke_config),
-          "validated": True, "kappa": 0.5, "thresholds": [0.6, 1.4, 2.4, 3.4]}
-  checkpoints = Checkpoints(place.checkpoints)
-  checkpoints.save(12, tree, meta, score=0.5)
-  checkpoints.wait()
-  return place.path
+    tree = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    tree["params"] = jax.tree.map(drawn, state.params)
+    tree |= {"ema": None if state.ema is None else tree["params"], "step": np.int32(12)}
+    place.write_config(config.to_dict(page))
+    meta = {"step": 12, "phase": phase, "phase_index": 0, "config": config.to_dict(page),
+            "validated": True, "kappa": 0.5, "thresholds": [0.6, 1.4, 2.4, 3.4]}
+    checkpoints = Checkpoints(place.checkpoints)
+    checkpoints.save(12, tree, meta, score=0.5)
+    checkpoints.wait()
+    return place.path
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def untrained(make_untrained, smoke_config):
+  """A workdir of the smoke page in phase c, with chance weights. Not to be changed."""
+  return make_untrained(smoke_config, "c")
+
+
+@pytest.fixture(scope="session")
+def untrained_m_net(make_untrained, smoke_config):
+  """A workdir of M-Net alone, with chance weights. Not to be changed."""
+  page = smoke_config.copy_and_resolve_references()
+  page.model.name = "m_net"
+  joint = page.phases.m
+  with page.unlocked():
+    del page.phases
+    page.phases = {"joint": joint}
+  return make_untrained(page, "joint")

@@ -296,3 +296,10 @@ def test_no_validation_split_takes_the_checkpoints_thresholds(untrained, smoke_c
   assert rows is None and thresholds.tolist() == [0.6, 1.4, 2.4, 3.4]
   assert source == "the checkpoint's validation"
   assert "no validation split" in capsys.readouterr().err
+
+
+def test_m_net_has_one_branch_and_no_lesions(untrained_m_net, tmp_path):
+  found = evaluate.run(str(untrained_m_net), out=str(tmp_path))
+  assert list(found["branches"]) == ["m_net"] and "lesion_recall" not in found
+  kappas = {found["branches"]["m_net"]["quadratic_weighted_kappa"], found["kappa_thresholds"]}
+  assert len(kappas) == 1

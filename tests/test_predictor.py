@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import medattn_jax
-from medattn_jax import evaluate, metrics, predictor, trained
+from medattn_jax import evaluate, explain, metrics, predictor, trained
 from medattn_jax.errors import UserError
 
 
@@ -133,6 +133,16 @@ def black(*shape):
 def test_wrong_arguments_are_answered_with_what_is_accepted(model, images):
   with pytest.raises(UserError, match=r"uint8|accepted"):
     model.predict(images)
+
+
+def test_m_net_has_no_regions(untrained_m_net, photographs):
+  """Boxes and maps are None, and explain says what it needs."""
+  model = medattn_jax.load(str(untrained_m_net))
+  result = model.predict(list(photographs[:2]))
+  assert result.boxes is None and result.attention is None and result.probabilities.shape == (2, 5)
+  with pytest.raises(UserError, match=r"m_net.*chooses no regions"):
+    explain.run(str(untrained_m_net))
+  assert not (untrained_m_net / "explanations").exists()
 
 
 @pytest.mark.parametrize("path", ["missing.png", "a\0b.png", ""])
