@@ -47,7 +47,7 @@ def draw_lesions(rng, anatomy, level: int) -> list[Mark]:
   elif level == 3:
     marks += _severe(rng, anatomy)
   elif level == 4:
-    around = rng.choice(3, p=[0.3, 0.5, 0.2])
+    around = rng.choice(3, p=[0.2, 0.55, 0.25])
     marks += (lambda *_: [], _moderate, _severe)[around](rng, anatomy)
     for _ in range(1 + int(rng.integers(3))):
       marks += _new_vessels(rng, anatomy)
@@ -57,10 +57,10 @@ def draw_lesions(rng, anatomy, level: int) -> list[Mark]:
 def _moderate(rng, anatomy):
   """More than microaneurysms, less than severe: at most 42 haemorrhages in the whole eye."""
   kind = rng.choice(3, p=[0.45, 0.25, 0.3])  # mostly blood, mostly exudate, both
-  count = int(rng.integers(2, 8)) if kind == 1 else int(rng.integers(5, 41))
+  count = int(rng.integers(2, 8)) if kind == 1 else int(rng.integers(8, 41))
   marks = [_somewhere(rng, anatomy, _haemorrhage, 10) for _ in range(count)]
   if kind > 0:
-    for _ in range(int(rng.integers(1, 5))):
+    for _ in range(int(rng.integers(2, 6))):
       marks.append(_somewhere(rng, anatomy, _exudates, 25))
   if rng.uniform() < 0.35:
     for _ in range(int(rng.integers(1, 5))):
@@ -238,8 +238,8 @@ def _new_vessels(rng, anatomy):
 
 
 def _tangle(rng, x, y, largest=88, veil=0.22):
-  """New vessels of 60 to 180 pixels: loops that start from (x, y), with a veil below them."""
-  reach = rng.uniform(34, largest)
+  """New vessels of about 70 to 180 pixels: loops that start from (x, y), with a veil below them."""
+  reach = rng.uniform(40, largest)
   wide = rng.uniform(2.6, 3.8)
   fill = tuple(int(c * rng.uniform(0.85, 1.1)) for c in (52, 150, 116))
   dark, loops = [], []
