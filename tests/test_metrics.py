@@ -103,6 +103,15 @@ def test_tuning_does_not_chase_a_handful():
     np.testing.assert_array_equal(metrics.tune_thresholds(score, one_level), start)
 
 
+def test_one_odd_example_does_not_drag_the_thresholds():
+  """A severe eye scored .3 among twenty clear ones: kappa 1 would need .2, .2, .2, 3.5."""
+  score = np.array([0.1] * 10 + [0.3] + [3.9] * 10)
+  level = np.array([0] * 10 + [3] + [4] * 10)
+  np.testing.assert_allclose(metrics.tune_thresholds(score, level), [0.2, 1.5, 2.5, 3.5])
+  many = metrics.tune_thresholds(np.tile(score, 50), np.tile(level, 50))
+  np.testing.assert_allclose(many, [0.2, 0.2, 0.2, 3.5], atol=1e-9)
+
+
 def test_tuning_holds_on_fresh_data():
   level, _, probabilities = graded(4000, 3, noise=0.8)
   score = metrics.expected_grade(probabilities) * 0.7 + 0.3

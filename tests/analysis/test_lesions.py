@@ -61,16 +61,15 @@ def test_best_finds_all_that_can_be_found():
   assert box == pytest.approx(48 / 60)
 
 
-def test_best_is_the_best_on_a_small_board():
-  """Against every pair of places of a 14×14 image."""
-  for seed in range(10):
-    corner = np.random.default_rng(seed).integers(0, 12, (7, 2))
-    true = np.concatenate([corner, corner + 2], axis=1)
-    places = np.array(list(itertools.product(range(11), range(11))))
-    covers = lesions.iom(np.concatenate([places, places + 4], axis=1), true) >= 0.3
-    pairs = (covers[:, None] | covers[None]).sum(-1).max()
-    found = (lesions.iom(lesions.best_boxes(true, 2, 4, 14), true) >= 0.3).any(0).sum()
-    assert found >= pairs - (1 if seed == 0 else 0) and found <= pairs
+@pytest.mark.parametrize("seed", [*range(10), 122, 298, 328])
+def test_best_is_the_best_on_a_small_board(seed):
+  """Against every pair of places of a 14×14 image; in the last three greed alone falls short."""
+  corner = np.random.default_rng(seed).integers(0, 12, (9, 2))
+  true = np.concatenate([corner, corner + 2], axis=1)
+  places = np.array(list(itertools.product(range(11), range(11))))
+  covers = lesions.iom(np.concatenate([places, places + 4], axis=1), true) >= 0.3
+  most = (covers[:, None] | covers[None]).sum(-1).max()
+  assert (lesions.iom(lesions.best_boxes(true, 2, 4, 14), true) >= 0.3).any(0).sum() == most
 
 
 def test_best_beats_random_and_takes_no_time():
