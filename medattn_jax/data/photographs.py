@@ -19,6 +19,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
@@ -62,7 +63,6 @@ def jobs_of(
   quality: int,
 ) -> dict[str, Job]:
   """A job for each photograph that is there, by image_id; what went missing joins `rejected`."""
-  there = {path.name.partition(".")[0]: path.name for path in store.glob("*.jpg")}
   jobs = {}
   for photograph in photographs:
     try:
@@ -73,19 +73,26 @@ def jobs_of(
     identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
     identity = json.dumps([*identity, full_size, quality]).encode()
     key = hashlib.sha256(identity).hexdigest()[:32]
-    jobs[photograph.image_id] = Job(
-      os.fspath(photograph.path), os.fspath(store), key, full_size, quality, there.get(key, "")
-    )
+    path, store = os.fspath(photograph.path), os.fspath(store)
+    jobs[photograph.image_id] = Job(path, store, key, full_size, quality)
   return jobs
 
 
 def work(jobs: list[Job], workers: int) -> dict[str, Done]:
-  """Does the jobs, in as many processes; returns what came of each by its key."""
+  """Does the jobs, in as many processes; returns what came of each by its key.
+
+  What an earlier run left in the store is taken where it is intact.
+  """
   from rich.console import Console
   from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
   terminal = Console(stderr=True)
   live = console.Live()
+  live.last = time.monotonic()  # short work is not spoken of
+  stores = {job.store for job in jobs}
+  there = {path.name.partition(".")[0]: path.name
+           for store in stores for path in pathlib.Path(store).glob("*.jpg")}
+  jobs = [dataclasses.replace(job, there=there.get(job.key, "")) for job in jobs]
   done: dict[str, Done] = {}
   with Progress("photographs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                 console=terminal, disable=not terminal.is_terminal, transient=True) as progress:

@@ -69,16 +69,18 @@ def read_bytes(path: str | os.PathLike) -> bytes:
   except OSError as error:
     kind = _kind(path)
     raise BadImage(f"is {kind}" if kind else f"cannot be opened: {error.strerror}") from None
-  with open(descriptor, "rb") as file:
+  try:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
       raise BadImage(f"is {_kind(path) or 'no plain file'}")
     if status.st_size > MAX_BYTES:
       raise BadImage(f"has {status.st_size} bytes, more than {MAX_BYTES}")
-    try:
-      content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-      raise BadImage(f"cannot be read: {error.strerror}") from None
+    with open(descriptor, "rb", closefd=False) as file:
+      content = file.read(MAX_BYTES)
+  except OSError as error:
+    raise BadImage(f"cannot be read: {error.strerror}") from None
+  finally:
+    os.close(descriptor)
   if not content:
     raise BadImage("is empty (0 bytes)")
   return content

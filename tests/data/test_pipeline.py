@@ -75,9 +75,9 @@ def test_a_stream_resumes_at_any_step(dataset, balanced):
 
 def test_a_late_start_reads_nothing_of_what_it_skips(dataset, monkeypatch):
   asked = []
-  records = dataset.records("train")
-  monkeypatch.setattr(type(records), "__getitem__",
-                      lambda self, n, get=type(records).__getitem__: asked.append(n) or get(self, n))
+  kind = type(dataset.records("train"))
+  get = kind.__getitem__
+  monkeypatch.setattr(kind, "__getitem__", lambda self, n: asked.append(n) or get(self, n))
   next(pipeline.train_batches(dataset, "train", start_step=10**9, **TRAIN))
   assert len(asked) < 60  # this batch and what is fetched ahead
 

@@ -93,8 +93,10 @@ def _fill(drawn: dict[str, str], place: dict[str, float]) -> int:
   moved = 0
   for split in ("train", "test", "validation"):
     held = {s: sorted((p for p in drawn if drawn[p] == s), key=place.get) for s in schema.SPLITS}
-    largest = max(schema.SPLITS, key=lambda s: len(held[s]))
-    if not held[split] and (len(held[largest]) > 1 or split == "train"):
-      drawn[held[largest][0]] = split
+    donor = max(schema.SPLITS, key=lambda s: len(held[s]))
+    if len(held[donor]) == 1 and split == "test":
+      donor = "validation"  # of two patients, the one that is not trained on is for the test
+    if not held[split] and (len(held[donor]) > 1 or (held[donor] and split != "validation")):
+      drawn[held[donor][0]] = split
       moved += 1
   return moved

@@ -48,7 +48,7 @@ def read(
   if unknown:
     notes.append(f"columns of {SHEET} that are not read: {', '.join(unknown)}")
   pictures = _Pictures(folder, skip)
-  found: dict[pathlib.Path, list[tuple[int, sources.Photograph]]] = collections.defaultdict(list)
+  found: dict[pathlib.Path, list] = collections.defaultdict(list)  # (line, label, photograph)
   rejected: list[tuple[str, str]] = []
   blank = guessed = count = 0
   for line, row in rows:
@@ -65,7 +65,9 @@ def read(
       path = preprocess.resolve(folder / pictures.find(image), folder)
       photograph = _photograph(cells, path)
       guessed += "patient" in header and not cells["patient"]
-      found[path].append((line, photograph))
+      label = [f"level {photograph.level}"]
+      label += [f"{key} {cells[key]}" for key in OPTIONAL if cells[key]]
+      found[path].append((line, label, photograph))
     except preprocess.BadImage as error:
       rejected.append((image or f"{SHEET} line {line}", f"{error} (line {line} of {SHEET})"))
   if not count:
@@ -73,9 +75,9 @@ def read(
   photographs = []
   twice = 0
   for entries in found.values():
-    first = entries[0][1]
-    if any(_label(other) != _label(first) for _, other in entries):
-      told = "; ".join(f"line {line}: {', '.join(_label(other))}" for line, other in entries[:4])
+    _, label, first = entries[0]
+    if any(other != label for _, other, _ in entries):
+      told = "; ".join(f"line {line}: {', '.join(other)}" for line, other, _ in entries[:4])
       rejected.append((first.image_id, f"is labelled more than once and differently ({told})"))
     else:
       photographs.append(first)
@@ -193,11 +195,6 @@ def _photograph(cells: dict[str, str], path: pathlib.Path) -> sources.Photograph
   )
 
 
-def _label(photograph: sources.Photograph) -> tuple[str, ...]:
-  p = photograph
-  return f"level {p.level}", f"patient {p.patient}", p.eye or "no eye", p.split or "no split"
-
-
 def _stem(name: str) -> str:
   root, suffix = os.path.splitext(name)
   return root if suffix.lower() in preprocess.SUFFIXES else name
@@ -228,6 +225,7 @@ class _Pictures:
       # A folder or pipe that is named like a picture is told apart when it is opened.
       named = files + [d for d in inner if _stem(d) != d]
       self._names += [(relative / name).as_posix() for name in named]
+    self._names.sort()  # a folder is listed in no order
     self._asked: set[str] = set()
     # From the strictest reading of a name to the most lenient.
     views = (
@@ -273,4 +271,4 @@ class _Pictures:
 
   def unasked(self) -> list[str]:
     """The pictures that no name in the sheet has found."""
-    return sorted(n for n in self._names if n not in self._asked and _stem(n) != n)
+    return [n for n in self._names if n not in self._asked and _stem(n) != n]
