@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 
 from medattn_jax.errors import UserError
+
+Array = jax.Array | np.ndarray
 
 MASK_SCOPES = ("level", "all")
 COORDS = ("resize", "receptive_field")

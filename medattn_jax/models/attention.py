@@ -7,9 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from medattn_jax.models.norm import Conv, ConvBN
+from medattn_jax.models.norm import Array, Conv, ConvBN
 
 
 class AttentionNet(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from medattn_jax import crops
 from medattn_jax.models.attention import AttentionNet
-from medattn_jax.models.norm import ConvBN
+from medattn_jax.models.norm import Array, ConvBN
 
 
 def normalise(x: Array, gain: Array | None, bias: Array | None, mean, std, dtype) -> Array:

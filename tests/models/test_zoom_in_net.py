@@ -180,6 +180,7 @@ class Witness(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     self.sow("intermediates", "given", x)
+    self.sow("intermediates", "group", self.group_size)
     self.param("unused", nn.initializers.zeros, (1,))
     return None, {"features": nn.avg_pool(x, (12, 12), (12, 12)), "pooled": x.mean((1, 2))}
 
@@ -198,6 +199,8 @@ def test_each_branch_sees_the_augmented_normalised_pixels(batch, draw_variables)
 
   wanted = jax.image.resize(full.reshape(8, 120, 120, 3), (8, 48, 48, 3), "linear")
   np.testing.assert_allclose(given["m_net"], wanted, atol=1e-4)
+  group = lambda name: state["intermediates"][name]["backbone"]["group"][0]
+  assert group("m_net") == 4 and group("c_net") == 4 * 4, "the crops of 4 images belong together"
   crops = given["c_net"].reshape(4, 2, 4, 37, 37, 3)
   for place in np.ndindex(4, 2, 4):
     top, left, bottom, right = out["boxes"][place]

@@ -12,9 +12,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from medattn_jax.models.norm import Conv, ConvBN
+from medattn_jax.models.norm import Array, Conv, ConvBN
 
 
 def max_pool(x: Array) -> Array:

@@ -11,9 +11,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from medattn_jax.models.norm import ConvBN
+from medattn_jax.models.norm import Array, ConvBN
 
 
 def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2 w2 d"]:
