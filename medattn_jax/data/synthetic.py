@@ -25,7 +25,8 @@ from medattn_jax.data.schema import TYPES
 from medattn_jax.data.synthetic_eye import UNIT
 from medattn_jax.data.synthetic_lesions import HAEMORRHAGE, MICROANEURYSM, NEOVASCULARISATION
 
-__all__ = ["TYPES", "Eye", "Patient", "as_camera", "draw_example", "draw_patient", "grade", "paint"]
+__all__ = ["TYPES", "Eye", "Patient", "as_camera", "draw_example", "draw_levels", "draw_patient"]
+__all__ += ["grade", "paint"]
 
 # Where the levels 1–4 begin in the severity of an eye, as quantiles: about 38, 16, 22, 12, 12 %.
 LEVEL_STARTS = (-0.305, 0.100, 0.706, 1.175)
@@ -82,27 +83,40 @@ def grade(types, boxes, fovea) -> int:
   return int(types.size > 0)
 
 
+def draw_levels(seed: int, patient: int) -> tuple[int | None, int | None]:
+  """The levels of a patient's left and right eye; None where there is no photograph."""
+  rng = _chance(seed, patient, 0)
+  one_eyed, missing = rng.uniform() < ONE_EYED, int(rng.integers(2))
+  severity = (rng.normal() + EYE_NOISE * rng.normal(size=2)) / np.hypot(1, EYE_NOISE)
+  levels = [int(np.searchsorted(LEVEL_STARTS, one)) for one in severity]
+  if one_eyed:
+    levels[missing] = None
+  return levels[0], levels[1]
+
+
 def draw_patient(seed: int, patient: int, size: int) -> Patient:
   """Draws a patient's photographs, size × size pixels; the same on every machine and process."""
-  rng = np.random.default_rng([seed, patient])
-  severity = rng.normal()
-  one_eyed = rng.uniform() < ONE_EYED
-  missing = int(rng.integers(2)) if one_eyed else None
+  rng = _chance(seed, patient, 1)
   camera = eye_.draw_camera(rng)
   habit = lesions_.draw_habit(rng)
   eyes = []
-  for i, name in enumerate(("left", "right")):
-    if i == missing:
+  for i, (name, level) in enumerate(
+    zip(("left", "right"), draw_levels(seed, patient), strict=True)
+  ):
+    if level is None:
       continue
-    chance = [np.random.default_rng([seed, patient, i, k]) for k in range(4)]
-    noise = chance[0].normal() * EYE_NOISE
-    level = int(np.searchsorted(LEVEL_STARTS, (severity + noise) / np.hypot(1, EYE_NOISE)))
-    anatomy = eye_.draw_anatomy(chance[0])
-    marks = lesions_.draw_lesions(chance[1], anatomy, level)
-    marks += lesions_.draw_harmless(chance[2], anatomy, habit)
-    image = paint(anatomy, camera, marks, size, [seed, patient, i, 4])
+    rngs = [_chance(seed, patient, 10 * (i + 1) + k) for k in range(4)]
+    anatomy = eye_.draw_anatomy(rngs[0])
+    marks = lesions_.draw_lesions(rngs[1], anatomy, level)
+    marks += lesions_.draw_harmless(rngs[2], anatomy, habit)
+    image = paint(anatomy, camera, marks, size, rngs[3])
     eyes.append(_finish(image, anatomy, marks, name, f"{patient:05d}_{name}"))
   return Patient(f"{patient:05d}", tuple(eyes))
+
+
+def _chance(seed, patient, what):
+  # The last number must not be 0: numpy takes [a, b] and [a, b, 0] for the same seed.
+  return np.random.default_rng([seed, patient, what + 1])
 
 
 def draw_example(seed: int, patient: int, size: int, quality: int = 92) -> dict:
@@ -142,13 +156,12 @@ def _finish(image, anatomy, marks, name, image_id) -> Eye:
   return Eye(image, name, image_id, level, boxes, types, tuple(fovea))
 
 
-def paint(anatomy, camera, marks, size, entropy) -> np.ndarray:
+def paint(anatomy, camera, marks, size, rng) -> np.ndarray:
   """The photograph of a (left) eye with these marks, uint8 [size, size, 3].
 
-  The chance of `entropy` makes texture, light and noise; it does not depend on the marks, so the
-  same eye can be painted with a lesion and without.
+  `rng` makes texture, light and noise; what it gives does not depend on the marks, so the same
+  eye can be painted with a lesion and without.
   """
-  rng = np.random.default_rng(entropy)
   ground, light = eye_.background(rng, anatomy, camera)
   canvas = eye_.Canvas(ground, size)
   for mark in marks:
