@@ -99,8 +99,8 @@ def test_tuning_does_not_chase_a_handful():
   level = np.array([0, 1, 2, 3, 4])
   start = metrics.start_thresholds(5)
   np.testing.assert_array_equal(metrics.tune_thresholds(level + 0.1, level), start)
-  for score, one_level in ((np.array([1.0, 3.0]), np.array([2, 2])), (np.zeros(0), np.zeros(0, int))):
-    np.testing.assert_array_equal(metrics.tune_thresholds(score, one_level), start)
+  for score, same in ((np.array([1.0, 3.0]), np.array([2, 2])), (np.zeros(0), np.zeros(0, int))):
+    np.testing.assert_array_equal(metrics.tune_thresholds(score, same), start)
 
 
 def test_one_odd_example_does_not_drag_the_thresholds():
@@ -153,7 +153,7 @@ def test_bootstrap_area_is_scikit_learns_on_a_whole_resample():
 
 
 def test_bootstrap_is_over_patients():
-  """A copy of each eye adds no knowledge under its own patient; under a new one it would seem to."""
+  """A copy of each eye adds no knowledge under its own patient; under a new one it seems to."""
   level, _, probabilities = graded(120, 6, noise=1.5)
   grade, score = probabilities.argmax(1), probabilities[:, 2:].sum(1)
   single = np.array([f"p{i}" for i in range(120)])

@@ -86,18 +86,29 @@ def best_boxes(
   Maximum coverage is NP-hard, so this is a lower estimate of the best possible: the greedy choice
   (which finds at least 1 - 1/e of the best), then each square in turn taken back and placed anew
   while that finds more. Candidate corners are a grid of at most 48 by 48 places and the places
-  centred on, or just holding, each lesion. An image of 200 lesions takes some tens of
+  centred on, or just holding, each lesion. An image of 200 lesions takes tens of
   milliseconds.
   """
   size = min(size, full_size)
   last = full_size - size
   true = np.asarray(true, np.float64).reshape(-1, 4)
   grid = np.unique(np.linspace(0, last, min(48, last + 1)).round())
-  corners = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)
   held = [(true[:, :2] + true[:, 2:]) / 2 - size / 2, true[:, :2], true[:, 2:] - size]
-  corners = np.concatenate([corners, *held]).round().clip(0, last)
-  candidates = np.concatenate([corners, corners + size], axis=1).astype(np.int64)
-  covers = iom(candidates, true) >= threshold
+  held = np.concatenate(held).round().clip(0, last)
+  corners = np.concatenate([np.stack(np.meshgrid(grid, grid, indexing="ij"), -1).reshape(-1, 2),
+                            held])
+
+  def shared(starts: np.ndarray, axis: int) -> np.ndarray:
+    """Lengths [n, k] that squares at `starts` share with the lesions along an axis."""
+    begin = np.maximum(starts[:, None], true[:, axis])
+    return np.maximum(np.minimum(starts[:, None] + size, true[:, axis + 2]) - begin, 0)
+
+  # Row by column for the grid, which is most of them: no [n, k, 2] array is made.
+  areas = np.concatenate([
+    (shared(grid, 0)[:, None] * shared(grid, 1)[None]).reshape(-1, len(true)),
+    shared(held[:, 0], 0) * shared(held[:, 1], 1)])
+  smaller = np.minimum(_area(true), size**2)
+  covers = (areas >= threshold * smaller) & (smaller > 0)
 
   def next_best(others: list[int]) -> int:
     left = ~covers[others].any(axis=0)
@@ -109,7 +120,7 @@ def best_boxes(
   for _ in range(n):
     chosen.append(next_best(chosen))
   found, improved = int(covers[chosen].any(axis=0).sum()), True
-  while improved:
+  while improved and found < len(true):
     improved = False
     for which in range(n):
       trial = [*chosen[:which], *chosen[which + 1 :]]
@@ -117,7 +128,7 @@ def best_boxes(
       now = int(covers[trial].any(axis=0).sum())
       if now > found:
         chosen, found, improved = trial, now, True
-  return candidates[chosen]
+  return np.concatenate([corners[chosen], corners[chosen] + size], axis=1).astype(np.int64)
 
 
 def best_recall(
