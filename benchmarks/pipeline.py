@@ -1,9 +1,9 @@
 """Does reading batches cost more than decoding their JPEGs? (input floor of every training)
 
-`python -m benchmarks.pipeline [--size=1230] [--patients=16] [--threads=N] [--json]`
+`python -m benchmarks.pipeline [--size=1230] [--patients=16] [--threads=N] [--data=DIR] [--json]`
 
-Draws a small set, then times, alternating, `train_batches` and the bare decoding of the very same
-JPEGs, already in memory, by the same decoder with the same parallelism.
+Draws a small set or opens a prepared one, then times, alternating, `train_batches` and the bare
+decoding of the very same JPEGs, already in memory, by the same decoder, as parallel.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def main() -> None:
   parser.add_argument("--threads", type=int, help="of a private pool; TensorFlow's own by default")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--data-dir", help="where the drawn set is kept; a temporary folder else")
+  parser.add_argument("--data", help="a prepared set to read instead: its folder, size --size")
   parser.add_argument("--json", action="store_true", help="the JSON line alone")
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
@@ -46,7 +47,7 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict:
 
   numbers = {"seed": 0, "train": flags.patients, "validation": 0, "test": 0}
   dataset = pipeline.open_dataset(
-    "synthetic_fundus", data_dir, full_size=flags.size, synthetic=numbers
+    flags.data or "synthetic_fundus", data_dir, full_size=flags.size, synthetic=numbers
   )
   jpegs = [
     jpeg

@@ -221,6 +221,26 @@ def command(camera, data, workers):
           f"--workers={workers}"]
 
 
+def test_a_full_disk_is_said_and_the_next_run_goes_on(camera, tmp_path, monkeypatch):
+  from medattn_jax.data.datasets import prepared
+
+  camera.both(["a.jpg", "b.jpg"])
+  data = tmp_path / "data"
+  full = "Failed to finalize writing: write() failed: No space left on device; writing x"
+
+  def fail(builder):
+    raise RuntimeError(full)  # as array_record does
+
+  with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left") as error:
+    patch.setattr(prepared.Prepared, "download_and_prepare", fail)
+    prepare(camera, data)
+  assert str(data) in str(error.value)
+  assert sorted(os.listdir(data)) == [".csv.lock", ".prepare-csv"]  # no set, and no half of one
+  monkeypatch.setattr(preprocess, "decode_photograph", None)  # nothing is decoded again
+  prepare(camera, data)
+  assert len(rows_of(data)) == 2
+
+
 def test_a_killed_run_goes_on_and_its_workers_end(camera, tmp_path, monkeypatch):
   first = camera.picture("0.jpg", 1600, 1200)
   for number in range(1, 40):

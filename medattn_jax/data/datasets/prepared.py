@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -114,8 +115,15 @@ def install(
   try:
     builder = make(os.fspath(aside))
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads
-      builder.download_and_prepare()
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads
+        builder.download_and_prepare()
+    except RuntimeError as error:  # array_record knows no OSError
+      full = next((e for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                   if os.strerror(e) in str(error)), None)
+      if full is None:
+        raise
+      raise OSError(full, os.strerror(full), os.fspath(data_dir)) from None
     folder = aside / relative
     for name, value in (notes or {}).items():
       files.write_json(folder / name, value)
