@@ -47,6 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.coords = "resize"
   config.model.mean = (0.5, 0.5, 0.5)
   config.model.std = (0.5, 0.5, 0.5)
+  config.model.local_width = 0.03
+  config.model.local_gain = 4.0
 
   config.norm = ml_collections.ConfigDict()
   config.norm.group_size = 4

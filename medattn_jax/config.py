@@ -90,6 +90,10 @@ SCHEMA = {
         "std": Rule(
             lambda v: numbers(3).accepts(v) and all(x > 0 for x in v), "3 numbers above zero"
         ),
+        "local_width": Rule(
+            lambda v: v == 0 or number(0.005, 0.5).accepts(v), "0 or a number from 0.005 to 0.5"
+        ),
+        "local_gain": number(0),
     },
     "norm": {"group_size": whole(1), "momentum": number(0, 1)},
     "data": {

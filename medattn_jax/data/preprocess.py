@@ -161,8 +161,9 @@ def field_of_view(image: np.ndarray) -> tuple[int, int, int, int]:
   noise, specks and a dark picture mislead it little. An axis with less than 1 % to cut stays whole.
   """
   height, width = image.shape[:2]
-  stride = max(1, min(height, width) // 1024)
-  bright = image[::stride, ::stride].max(axis=2)
+  stride = max(1, min(height, width) // 512)
+  red, green, blue = np.moveaxis(image[::stride, ::stride], 2, 0)
+  bright = np.maximum(np.maximum(red, green), blue)  # many times faster than max(axis=2)
   level = np.percentile(bright, 99)
   if level < BLACK:
     raise BadImage("is wholly black")

@@ -58,6 +58,7 @@ def build(config: Any) -> nn.Module:
   options = {
     "num_classes": model.num_classes, "neck_features": model.neck_features,
     "image_size": config.data.image_size, "mean": tuple(model.mean), "std": tuple(model.std),
+    "local_width": model.local_width, "local_gain": model.local_gain,
     "group_size": config.norm.group_size, "norm_momentum": config.norm.momentum,
     "dtype": _named("precision", config.precision, PRECISIONS),
     "backbone": functools.partial(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, UInt8
 
-from medattn_jax import crops
+from medattn_jax import contrast, crops
 from medattn_jax.models.attention import AttentionNet
 from medattn_jax.models.norm import Array, ConvBN
 
@@ -100,6 +100,8 @@ class MNet(nn.Module):
   norm_momentum: float = 0.9
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  local_width: float = 0.0
+  local_gain: float = 4.0
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -114,7 +116,7 @@ class MNet(nn.Module):
     """Returns (y_M, {"M", "y_M"}); see `ZoomInNet`. The one phase is "joint"."""
     if phase != "joint":
       raise ValueError(f"phase {phase!r}: joint")
-    view = _view(self, image, gain, bias)
+    view, _ = _view(self, image, gain, bias)
     y, m, _ = self.m_net(view, train)
     return y, {"M": m, "y_M": y}
 
@@ -131,6 +133,7 @@ class ZoomInNet(nn.Module):
     group_size: images normalised together (C-Net: all their crops); None, the whole batch.
     norm_momentum: share of the running statistics kept by an update.
     mean, std: of the input's three channels.
+    local_width, local_gain: of the local contrast (see `contrast`), before all else; 0 for none.
     dtype: of the arithmetic; parameters, statistics, softmax and answers are float32.
   """
 
@@ -149,6 +152,8 @@ class ZoomInNet(nn.Module):
   norm_momentum: float = 0.9
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  local_width: float = 0.0
+  local_gain: float = 4.0
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -177,7 +182,7 @@ class ZoomInNet(nn.Module):
     if phase not in ("m", "a", "c"):
       raise ValueError(f"phase {phase!r}: one of m, a, c")
     patients, _, full = image.shape[:3]
-    view = _view(self, image, gain, bias)
+    view, means = _view(self, image, gain, bias)
     y_m, m, pair = self.m_net(view, train and phase != "a")
     if phase == "m":
       return y_m, {"M": m, "y_M": y_m}
@@ -197,15 +202,21 @@ class ZoomInNet(nn.Module):
     if phase == "a":
       return y_m + y_a, out
 
-    patches = apart(crops.cut(together(image), first, self.crop_size))
-    patches = normalise(patches, gain, bias, self.mean, self.std, self.dtype)
+    patches = crops.cut(together(image), first, self.crop_size)
+    if means is not None:
+      patches = contrast.subtract_crops(
+        patches.astype(jnp.float32) / 255, means, first, full, self.local_gain)
+    patches = normalise(apart(patches), gain, bias, self.mean, self.std, self.dtype)
     y_c = self.c_net(patches, pair, train)
     return y_m + y_a + y_c, {**out, "y_C": y_c}
 
 
 def _view(model: MNet | ZoomInNet, image, gain, bias):
-  """The normalised small view [P, 2, s, s, 3] of the full images."""
-  size = model.image_size
+  """The normalised small view [P, 2, s, s, 3] of the full images, and their local means or None."""
+  size, means = model.image_size, None
   view = crops.small_view(image.reshape(-1, *image.shape[2:]), size, model.dtype)
-  return normalise(
-    view.reshape(*image.shape[:2], size, size, 3), gain, bias, model.mean, model.std, model.dtype)
+  if model.local_width:
+    means = contrast.local_means(view, model.local_width)
+    view = contrast.subtract(view, means, model.local_gain)
+  view = view.reshape(*image.shape[:2], size, size, 3)
+  return normalise(view, gain, bias, model.mean, model.std, model.dtype), means
