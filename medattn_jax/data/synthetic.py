@@ -163,20 +163,18 @@ def paint(anatomy, camera, marks, size, rng) -> np.ndarray:
   eye can be painted with a lesion and without.
   """
   ground, light = eye_.background(rng, anatomy, camera)
-  canvas = eye_.Canvas(ground, size)
+  canvas = eye_.Canvas(ground, light, size)
   for mark in marks:
     for spot in mark.under:
       canvas.soft(*spot)
-  polygons = [shape for mark in marks for shape in mark.light]
-  if polygons:
-    cover = canvas.shapes(polygons, channels=1)[..., None]
-    canvas.image += cover * (np.float32([255, 232, 150]) - canvas.image)
-  dark = anatomy.vessels + [shape for mark in marks for shape in mark.dark]
-  canvas.image *= 1 - canvas.shapes(dark) * np.float32(camera.contrast)
+  exudates = [shape for mark in marks for shape in mark.light]
+  if exudates:
+    canvas.cover(exudates, (255, 232, 150))
+  canvas.absorb(anatomy.vessels + [s for mark in marks for s in mark.dark], camera.contrast)
   for mark in marks:
     for spot in mark.over:
       canvas.soft(*spot)
-  return canvas.photograph(rng, anatomy, camera, light)
+  return canvas.photograph(rng, anatomy, camera)
 
 
 def as_camera(image, rng) -> np.ndarray:

@@ -41,7 +41,8 @@ def draw_lesions(rng, anatomy, level: int) -> list[Mark]:
   if level == 0:
     return marks
   few = int(rng.integers(2, 11)) if level == 1 else int(rng.integers(3, 18))
-  marks += [_somewhere(rng, anatomy, _microaneurysm, 4) for _ in range(few)]
+  foci = _foci(rng, anatomy, 2)
+  marks += [_somewhere(rng, anatomy, _microaneurysm, 4, foci=foci) for _ in range(few)]
   if level == 2:
     marks += _moderate(rng, anatomy)
   elif level == 3:
@@ -58,13 +59,14 @@ def _moderate(rng, anatomy):
   """More than microaneurysms, less than severe: at most 42 haemorrhages in the whole eye."""
   kind = rng.choice(3, p=[0.45, 0.25, 0.3])  # mostly blood, mostly exudate, both
   count = int(rng.integers(2, 8)) if kind == 1 else int(rng.integers(8, 41))
-  marks = [_somewhere(rng, anatomy, _haemorrhage, 10) for _ in range(count)]
+  foci = _foci(rng, anatomy, 2)
+  marks = [_somewhere(rng, anatomy, _haemorrhage, 10, foci=foci) for _ in range(count)]
   if kind > 0:
     for _ in range(int(rng.integers(2, 6))):
-      marks.append(_somewhere(rng, anatomy, _exudates, 25))
+      marks.append(_somewhere(rng, anatomy, _exudates, 25, foci=foci))
   if rng.uniform() < 0.35:
     for _ in range(int(rng.integers(1, 5))):
-      marks.append(_somewhere(rng, anatomy, _cotton_wool, 30))
+      marks.append(_somewhere(rng, anatomy, _cotton_wool, 30, foci=foci))
   if rng.uniform() < 0.35:  # a large pale blot: in the small view like a tangle of new vessels
     for _ in range(int(rng.integers(1, 3))):
       marks.append(_somewhere(rng, anatomy, _large_blot, 40))
@@ -72,12 +74,13 @@ def _moderate(rng, anatomy):
 
 
 def _severe(rng, anatomy):
-  """More than 20 haemorrhages in each quadrant: 21 to 33."""
+  """More than 20 haemorrhages in each quadrant: 21 to 33, about a focus of each."""
   small = functools.partial(_haemorrhage, largest=15)
   marks = []
   for quadrant in ((False, False), (False, True), (True, False), (True, True)):
+    foci = _foci(rng, anatomy, 1, quadrant)
     for _ in range(21 + int(rng.integers(0, 13))):
-      marks.append(_somewhere(rng, anatomy, small, 10, quadrant))
+      marks.append(_somewhere(rng, anatomy, small, 10, quadrant, foci))
   for _ in range(int(rng.integers(0, 4))):
     marks.append(_somewhere(rng, anatomy, _exudates, 25))
   for _ in range(int(rng.integers(0, 6))):
@@ -85,10 +88,26 @@ def _severe(rng, anatomy):
   return marks
 
 
-def _somewhere(rng, anatomy, make, margin, quadrant=None):
-  """A mark of `make(rng, x, y)`, its box in the field and its centre in the quadrant."""
+def _foci(rng, anatomy, number, quadrant=None):
+  """Places [number, 3] of x, y and spread about which lesions lie: retinopathy is patchy."""
+  margin = 150  # so that most of what lies about a focus is in the field
+  places = [_place(rng, anatomy, margin, quadrant) for _ in range(number)]
+  return np.array([(*place, rng.uniform(65, 95)) for place in places])
+
+
+def _somewhere(rng, anatomy, make, margin, quadrant=None, foci=None):
+  """A mark of `make(rng, x, y)`, its box in the field and its centre in the quadrant.
+
+  With `foci` it lies about one of them, seven times in eight.
+  """
   while True:
-    mark = make(rng, *_place(rng, anatomy, margin, quadrant))
+    place = _place(rng, anatomy, margin, quadrant)
+    if foci is not None and rng.uniform() < 7 / 8:
+      x, y, spread = foci[rng.integers(len(foci))]
+      place = (x, y) + spread * rng.normal(size=2)
+      if not anatomy.inside(*place, margin + 8):
+        continue
+    mark = make(rng, *place)
     if _fits(anatomy, mark) and quadrant in (None, _quadrant(anatomy, mark)):
       return mark
 
