@@ -15,10 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import multiprocessing
+import os
+import signal
+import threading
 
 import numpy as np
 from PIL import Image
 
+from medattn_jax.data import synthetic_canvas as canvas_
 from medattn_jax.data import synthetic_eye as eye_
 from medattn_jax.data import synthetic_lesions as lesions_
 from medattn_jax.data.schema import TYPES
@@ -26,7 +31,7 @@ from medattn_jax.data.synthetic_eye import UNIT
 from medattn_jax.data.synthetic_lesions import HAEMORRHAGE, MICROANEURYSM, NEOVASCULARISATION
 
 __all__ = ["TYPES", "Eye", "Patient", "as_camera", "draw_example", "draw_levels", "draw_patient"]
-__all__ += ["grade", "paint"]
+__all__ += ["grade", "paint", "start_worker"]
 
 # Where the levels 1–4 begin in the severity of an eye, as quantiles: about 38, 16, 22, 12, 12 %.
 LEVEL_STARTS = (-0.305, 0.100, 0.706, 1.175)
@@ -141,6 +146,18 @@ def draw_example(seed: int, patient: int, size: int, quality: int = 92) -> dict:
   }
 
 
+def start_worker() -> None:
+  """Makes a process that draws answer no Ctrl-C, and end when its parent does."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def end():
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=end, daemon=True).start()
+
+
 def _finish(image, anatomy, marks, name, image_id) -> Eye:
   """Mirrors a right eye, and grades it by the boxes in pixels."""
   size = image.shape[0]
@@ -162,8 +179,8 @@ def paint(anatomy, camera, marks, size, rng) -> np.ndarray:
   `rng` makes texture, light and noise; what it gives does not depend on the marks, so the same
   eye can be painted with a lesion and without.
   """
-  ground, light = eye_.background(rng, anatomy, camera)
-  canvas = eye_.Canvas(ground, light, size)
+  ground, light = canvas_.background(rng, anatomy, camera)
+  canvas = canvas_.Canvas(ground, light, size)
   for mark in marks:
     for spot in mark.under:
       canvas.soft(*spot)

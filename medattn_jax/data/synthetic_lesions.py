@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -141,14 +142,23 @@ def _place(rng, anatomy, margin, quadrant=None):
 
 def _blob(rng, x, y, radius, points=14, rough=0.15, stretch=1.0, angle=0.0):
   """A closed outline [points, 2] around (x, y), rough by low harmonics."""
-  t = np.linspace(0, 2 * np.pi, points, endpoint=False)
+  t, cosine, sine = _circle(points)
   r = np.ones(points)
   for k in (2, 3, 5):
-    r += rough * rng.normal() / np.sqrt(k) * np.cos(k * t + rng.uniform(0, 6.3))
-  r = radius * np.clip(r, 0.45, 1.6)
-  u, v = r * np.cos(t) * stretch, r * np.sin(t) / stretch
-  c, s = np.cos(angle), np.sin(angle)
-  return np.stack([x + c * u - s * v, y + s * u + c * v], 1)
+    r += rough * rng.normal() / math.sqrt(k) * np.cos(k * t + rng.uniform(0, 6.3))
+  r = radius * np.minimum(np.maximum(r, 0.45), 1.6)
+  u, v = r * cosine * stretch, r * sine / stretch
+  c, s = math.cos(angle), math.sin(angle)
+  outline = np.empty((points, 2))
+  outline[:, 0] = x + c * u - s * v
+  outline[:, 1] = y + s * u + c * v
+  return outline
+
+
+@functools.lru_cache
+def _circle(points):
+  t = np.linspace(0, 2 * np.pi, points, endpoint=False)
+  return t, np.cos(t), np.sin(t)
 
 
 def _extent(*outlines, margin=1.0):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -275,6 +279,7 @@ def test_a_generated_set_holds_the_patients_and_a_killed_one_leaves_nothing(tmp_
     path.name for path in (tmp_path / "synthetic_fundus" / config).iterdir() if path.is_dir()
   }
   assert found == {"1.0.0"}
+  assert not (tmp_path / "downloads").exists()
   numbers_of = {}
   for split in schema.SPLITS:
     rows = list(builder.as_data_source(split))
@@ -304,3 +309,47 @@ def test_numbers_that_make_no_set_are_named(tmp_path):
   blocked.write_text("")
   with pytest.raises(UserError, match="file"):
     synthetic_fundus.build(blocked, **good)
+
+
+def test_a_drawing_process_that_dies_is_noticed_at_once(tmp_path):
+  """As one killed for memory; nothing is left that looks like a data set."""
+  script = """
+import multiprocessing, os, signal, sys, threading, time
+def kill():
+  while not multiprocessing.active_children():
+    time.sleep(0.01)
+  os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+if __name__ == "__main__":
+  from medattn_jax.data.datasets import synthetic_fundus
+  threading.Thread(target=kill, daemon=True).start()
+  synthetic_fundus.build(sys.argv[1], seed=0, size=400, train=300, validation=0, test=0)
+"""
+  result = _run(script, tmp_path)
+  assert result.stderr.splitlines()[-1].startswith("medattn_jax.errors.UserError")
+  assert "a drawing process died: too little memory" in result.stderr.splitlines()[-1]
+  assert not list(tmp_path.glob("data/synthetic_fundus/*/1.0.0"))
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+  script = """
+import sys
+from medattn_jax.data.datasets import synthetic_fundus
+synthetic_fundus.build(sys.argv[1], seed=0, size=64, train=12, validation=0, test=0)
+"""
+  result = _run(script, tmp_path)
+  assert "without `if __name__ == '__main__':`" in result.stderr.splitlines()[-1]
+
+
+def _run(script, tmp_path):
+  path = tmp_path / "script.py"
+  path.write_text(script)
+  root = pathlib.Path(synthetic.__file__).parents[2]
+  return subprocess.run(
+    [sys.executable, path, tmp_path / "data"],
+    env={**os.environ, "PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )

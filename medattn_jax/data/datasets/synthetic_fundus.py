@@ -6,23 +6,30 @@ processes never import TensorFlow, and are spawned, never forked: TensorFlow has
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import io
+import itertools
 import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import sys
+import tempfile
 import time
 
 from medattn_jax.data import schema, synthetic
 from medattn_jax.data.backend import tfds
 from medattn_jax.errors import UserError
 
+DIED = (
+  "a drawing process died: too little memory, or a script that calls this"
+  " without `if __name__ == '__main__':`"
+)
 SPAWN_FROM = 12  # fewer patients are drawn sooner than a process is started
 
 
@@ -64,17 +71,10 @@ class SyntheticFundus(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, patients, progress):
     config = self.builder_config
     draw = functools.partial(synthetic.draw_example, config.seed, size=config.size)
-    with contextlib.ExitStack() as stack:
-      if len(patients) < SPAWN_FROM:
-        examples = map(draw, patients)
-      else:
-        # The parent alone answers Ctrl-C; its pool ends with it.
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(_cores(), **quiet))
-        examples = _in_time(pool.imap(draw, patients))
-      for example in examples:
-        progress.add(len(example["images"]))
-        yield example["patient"], example
+    spawn = len(patients) >= SPAWN_FROM
+    for example in _drawn_by_all_cores(draw, patients) if spawn else map(draw, patients):
+      progress.add(len(example["images"]))
+      yield example["patient"], example
 
 
 def build(data_dir, *, seed: int, size: int, train: int, validation: int, test: int):
@@ -114,6 +114,9 @@ def build(data_dir, *, seed: int, size: int, train: int, validation: int, test: 
 
 def _generate(builder, target):
   """Generates aside and renames; one process at a time, the others wait and find it done."""
+  if getattr(multiprocessing.current_process(), "_inheriting", False):
+    # A spawned process is importing its parent's script, and would wait here for its parent.
+    sys.exit("synthetic_fundus: called while a process starts: `if __name__ == '__main__':` lacks")
   target.parent.mkdir(parents=True, exist_ok=True)
   with open(target.parent / ".lock", "w") as lock:
     try:
@@ -127,19 +130,27 @@ def _generate(builder, target):
     for left in target.parent.glob(f"incomplete.*_{target.name}"):
       shutil.rmtree(left)
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download
-      builder.download_and_prepare(file_format=schema.FILE_FORMAT)
+    # TFDS speaks of a download, and makes a directory for it; there is none.
+    downloads = tempfile.TemporaryDirectory(f"_{target.name}", "incomplete.", target.parent)
+    with downloads, contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(file_format=schema.FILE_FORMAT, download_dir=downloads.name)
 
 
-def _in_time(results, seconds=300):
-  """The results of a pool's imap; a worker that was killed would else be waited for forever."""
-  with contextlib.suppress(StopIteration):
-    while True:
-      try:
-        result = results.next(timeout=seconds)
-      except multiprocessing.TimeoutError:
-        raise OSError(None, f"no photograph within {seconds} s: a drawing process died") from None
-      yield result
+def _drawn_by_all_cores(draw, patients):
+  """`map(draw, patients)`, a few patients ahead; a process that dies is noticed at once."""
+  cores, patients = _cores(), iter(patients)
+  pool = concurrent.futures.ProcessPoolExecutor(
+    cores, multiprocessing.get_context("spawn"), initializer=synthetic.start_worker
+  )
+  try:
+    ahead = collections.deque(pool.submit(draw, k) for k in itertools.islice(patients, 3 * cores))
+    while ahead:
+      yield ahead.popleft().result()
+      ahead.extend(pool.submit(draw, k) for k in itertools.islice(patients, 1))
+  except concurrent.futures.process.BrokenProcessPool:
+    raise OSError(None, DIED) from None
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 class _Progress:
