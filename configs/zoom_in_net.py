@@ -2,10 +2,10 @@
 
 Command:   medattn prepare --source=csv --input=EYEPACS --data-dir=data/eyepacs
            medattn train --config=configs/zoom_in_net.py --workdir=runs/zoom_in_net
-Hardware:  8 accelerators of 16 GB or more (a patient of each small batch on each); any number that
-           divides data.batch_size.
+Hardware:  8 accelerators of 16 GB or more (a patient of each small batch on each); or any number
+           that divides data.batch_size.
 Time:      not yet run.
-Score:     not yet run; the paper reports a quadratic weighted kappa of .849 on the EyePACS test set.
+Score:     not yet run; the paper reports a kappa of .849 on the EyePACS test set.
 
 The paper states SGD with momentum .9, a rate of 1e-5 decayed by step every 20,000 iterations and 12
 small batches an update (papers.md §1); the number of steps of each phase is our choice.

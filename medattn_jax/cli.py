@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if error.errno is None or not error.filename:
       raise
     fail(f"{error.filename}: {os.strerror(error.errno)}")
+  leave(0)
 
 
 def make_parser() -> Parser:

@@ -35,7 +35,9 @@ def whole(low: int) -> Rule:
 
 
 def number(low: float, high: float = math.inf) -> Rule:
-  words = f"a number of at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+  words = f"a number of at least {low:g}"
+  if high != math.inf:
+    words = f"a number from {low:g} to {high:g}"
   return Rule(lambda v: _is_number(v) and low <= v <= high, words)
 
 
@@ -228,7 +230,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _check_level(config, schema, prefix, source):
-  for key in config.keys():
+  for key in config:
     if key not in schema:
       raise UserError(
           f"{source}: unknown key {prefix}{key}{nearest(key, list(schema))}; "
@@ -265,7 +267,8 @@ def _override(config, key, text):
       node = node[part]
   old = node[parts[-1]]
   if isinstance(old, ml_collections.ConfigDict):
-    raise UserError(f"{flag}: is a group of keys; accepted: {', '.join(f'{flag}.{k}' for k in old)}")
+    members = ", ".join(f"{flag}.{k}" for k in old)
+    raise UserError(f"{flag}: is a group of keys; accepted: {members}")
   node.unlock()
   with node.ignore_type():
     node[parts[-1]] = _read(flag, text, old)

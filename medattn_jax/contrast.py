@@ -1,8 +1,8 @@
 """Local contrast: what a photograph shows beyond its own light and tint.
 
 Subtracting the local average colour is the field's usual preparation of retinal photographs
-(Graham's, of the winning entry on EyePACS). Here it is part of the compiled step, and small view and
-crops share one field of local means, so that both show a lesion with the same contrast. [choice]
+(Graham's, of the winning entry on EyePACS). Here it is part of the compiled step, and small view
+and crops share one field of local means: both show a lesion with the same contrast. [choice]
 """
 
 from __future__ import annotations

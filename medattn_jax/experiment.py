@@ -1,4 +1,4 @@
-"""From a config to mesh, model, optimiser, state and compiled steps: the one place that assembles."""
+"""From a config to mesh, model, state and compiled steps: the one place that assembles."""
 
 from __future__ import annotations
 

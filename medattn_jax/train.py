@@ -54,7 +54,8 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
   experiment.check(config, jax.device_count())
   with Signals() as signals, contextlib.ExitStack() as stack:
     directory = Workdir(path)
-    stack.enter_context(directory.lock())
+    if jax.process_index() == 0:  # for all processes of the run
+      stack.enter_context(directory.lock())
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     adopt(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
@@ -106,7 +107,9 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
   return state
 
 
-def save(work: Run, now: Experiment, state: State, step: int, validates: bool) -> None:
+def save(
+    work: Run, now: Experiment, state: State, step: int, validates: bool, replace: bool = False
+) -> None:
   """Validates when asked to, and writes the checkpoint; stopped while validating, it still is."""
   meta = {
       "step": step,
@@ -121,10 +124,10 @@ def save(work: Run, now: Experiment, state: State, step: int, validates: bool) -
     if validates:
       meta |= validate(work, now, state, step)
   except Stopped:
-    work.checkpoints.save(step, as_tree(state), meta)
+    work.checkpoints.save(step, as_tree(state), meta)  # where it is there already, it stays
     work.checkpoints.wait()
     raise
-  work.checkpoints.save(step, as_tree(state), meta, score=meta["kappa"])
+  work.checkpoints.save(step, as_tree(state), meta, score=meta["kappa"], replace=replace)
 
 
 def validate(work: Run, now: Experiment, state: State, step: int) -> dict[str, Any]:
@@ -162,8 +165,8 @@ def resume(work: Run) -> tuple[Experiment, State]:
     console.say(f"all {step} steps are done: nothing to train")
   due = step == now.ends or step % work.config.evaluation.every == 0
   if due and not meta["validated"]:  # it was stopped while validating
-    work.checkpoints.drop(step)
-    save(work, now, state, step, validates=True)
+    work.log.begin(now, step)
+    save(work, now, state, step, validates=True, replace=True)
   return now, state
 
 
@@ -174,7 +177,8 @@ def adopt(directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Ch
     done = checkpoints.newest_meta()
     held = done["config"] if done else directory.read_config()
     refuse_other_run(directory.path, asked, held, done["step"] if done else 0)
-  directory.write_config(asked)
+  if jax.process_index() == 0:
+    directory.write_config(asked)
 
 
 def refuse_other_run(path: pathlib.Path, asked: dict, held: dict, step: int) -> None:
@@ -272,16 +276,17 @@ class Log:
     self.late = None
 
   def __enter__(self) -> Log:
-    from clu import metric_writers  # imports TensorFlow
+    if self.lines:
+      from clu import metric_writers  # imports TensorFlow
 
-    self.events = metric_writers.SummaryWriter(str(self.path / "tensorboard"))
+      self.events = metric_writers.SummaryWriter(str(self.path / "tensorboard"))
     return self
 
   def __exit__(self, *_) -> None:
     self.live.close()
     if self.lines:
       self.lines.close()
-    self.events.close()
+      self.events.close()
 
   def truncate_after(self, step: int) -> None:
     if self.lines:
@@ -304,8 +309,8 @@ class Log:
     values = {name: float(value) for name, value in metrics.items()}
     if not all(map(math.isfinite, values.values())):
       raise UserError(
-          f"loss {values['loss']}, norm of the parameters {values['parameter_norm']} at step {step} "
-          f"of phase {self.now.phase}: accepted: finite ones. Lower phases.{self.now.phase}."
+          f"loss {values['loss']}, norm of the parameters {values['parameter_norm']} at step "
+          f"{step} of phase {self.now.phase}: accepted: finite ones. Lower phases.{self.now.phase}."
           "learning_rate, or set its clip_norm, and begin in a new --workdir"
       )
     if step % self.config.logging.every and step != self.now.ends:

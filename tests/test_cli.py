@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+SMOKE = "--config=configs/smoke.py"
 COMMAND = [sys.executable, "-m", "medattn_jax"]
 
 
@@ -18,16 +19,16 @@ def medattn(*arguments):
     [
         (["fly"], "train"),
         ([], "COMMAND"),
-        (["train", "--config=configs/smoke.py"], "--workdir"),
+        (["train", SMOKE], "--workdir"),
         (["train", "--config=nowhere.py", "--workdir=w"], "nowhere.py"),
-        (["train", "--config=configs/smoke.py", "--workdir=w", "--conf.x=1"], "--conf.x=1"),
-        (["train", "--config=configs/smoke.py", "--workdir=w", "stray"], "stray"),
-        (["train", "--config=configs/smoke.py", "--workdir=w", "--config.seed"], "--config.seed=VALUE"),
-        (["train", "--config=configs/smoke.py", "--workdir=w", "--config.seeed=1"], "did you mean seed"),
+        (["train", SMOKE, "--workdir=w", "--conf.x=1"], "--conf.x=1"),
+        (["train", SMOKE, "--workdir=w", "stray"], "stray"),
+        (["train", SMOKE, "--workdir=w", "--config.seed"], "--config.seed=VALUE"),
+        (["train", SMOKE, "--workdir=w", "--config.seeed=1"], "did you mean seed"),
         (["evaluate", "--workdir=w", "--limit=3"], "--limit=3"),
         (["explain", "--workdir=w", "--limit=x"], "--limit"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(arguments, words):
   done = medattn(*arguments)
   assert done.returncode == 2

@@ -17,7 +17,8 @@ def photograph(size=120):
 def test_means_are_those_of_a_gaussian():
   image = photograph()
   means = np.asarray(contrast.local_means(image[None], 0.05)[0])
-  blurred = np.stack([gaussian_filter(image[..., c], 0.05 * 120, mode="nearest") for c in range(3)], -1)
+  blur = lambda channel: gaussian_filter(channel, 0.05 * 120, mode="nearest")
+  blurred = np.stack([blur(image[..., c]) for c in range(3)], -1)
   centres = ((np.arange(20) + 0.5) * 6 - 0.5).astype(int)
   inner = slice(4, 16)
   expected = blurred[centres][:, centres]

@@ -35,7 +35,8 @@ def test_demo_step_on_eight_devices_has_one_all_reduce_and_donates_its_state(pha
   now = experiment.build(page, phase=phase)
   assert now.mesh.size == 8
   text = now.lower_train_step().compile().as_text()
-  collectives = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+  kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+  collectives = rf" ({kinds})(?:-start)?\("
   assert re.findall(collectives, text) == ["all-reduce"]
   entry = text[text.index("\nENTRY") :]
   assert re.findall(collectives, entry) == ["all-reduce"]  # and it stands outside every loop

@@ -19,7 +19,8 @@ def page(**changes):
 
 def test_schedules():
   step = optim.schedule(page(schedule="step"))
-  np.testing.assert_allclose([step(0), step(19), step(20), step(40)], [0.1, 0.1, 0.01, 1e-3], rtol=1e-5)
+  rates = [step(0), step(19), step(20), step(40)]
+  np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 1e-3], rtol=1e-5)
   cosine = optim.schedule(page(schedule="cosine", warmup_steps=10))
   assert cosine(0) == pytest.approx(0.01) and cosine(9) == pytest.approx(0.1)
   assert cosine(10) == pytest.approx(0.1) and cosine(55) == pytest.approx(0.05, rel=1e-3)
