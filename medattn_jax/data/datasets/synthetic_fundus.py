@@ -89,7 +89,7 @@ def build(data_dir, *, seed: int, size: int, train: int, validation: int, test: 
     UserError: a number that makes no set, or a directory that cannot be written.
   """
   numbers = {"seed": seed, "size": size, "train": train, "validation": validation, "test": test}
-  for key, least in (("seed", 0), ("size", 64), ("train", 1), ("validation", 0), ("test", 0)):
+  for key, least in (("seed", 0), ("size", 16), ("train", 1), ("validation", 0), ("test", 0)):
     if not isinstance(numbers[key], int) or numbers[key] < least:
       raise UserError(
         f"synthetic_fundus: {key} = {numbers[key]!r}: an integer ≥ {least} is accepted"
