@@ -27,11 +27,14 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+  if _is_int(value):
+    return abs(value) < 2**63
+  return isinstance(value, float) and math.isfinite(value)
 
 
-def whole(low: int) -> Rule:
-  return Rule(lambda v: _is_int(v) and v >= low, f"a whole number of at least {low}")
+def whole(low: int, high: int = 10**8) -> Rule:
+  words = f"a whole number of at least {low} and at most {high}"
+  return Rule(lambda v: _is_int(v) and low <= v <= high, words)
 
 
 def number(low: float, high: float = math.inf) -> Rule:
@@ -55,7 +58,8 @@ def numbers(length: int | None = None) -> Rule:
   )
 
 
-TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
+TEXT = Rule(lambda v: isinstance(v, str) and v != "" and "\0" not in v, "a text")
+SEED = whole(0, 2**32 - 1)  # JAX drops the higher bits of a seed without a word
 SWITCH = Rule(lambda v: isinstance(v, bool), "True or False")
 
 PHASE = {
@@ -74,17 +78,17 @@ PHASE = {
 }
 
 SCHEMA = {
-    "seed": whole(0),
+    "seed": SEED,
     "precision": one_of("bfloat16", "float32"),
     "model": {
         "name": TEXT,
         "backbone": TEXT,
         "crop_backbone": TEXT,
         "num_classes": Rule(lambda v: _is_int(v) and 2 <= v <= 100, "a whole number from 2 to 100"),
-        "neck_features": whole(1),
-        "attention_features": whole(1),
+        "neck_features": whole(1, 65536),
+        "attention_features": whole(1, 65536),
         "crop_size": whole(8),
-        "num_regions": whole(1),
+        "num_regions": whole(1, 100),
         "mask_size": whole(1),
         "mask_scope": one_of("level", "all"),
         "coords": one_of("resize", "receptive_field"),
@@ -101,12 +105,12 @@ SCHEMA = {
     "data": {
         "name": TEXT,
         "dir": TEXT,
-        "image_size": whole(16),
-        "full_size": whole(16),
+        "image_size": whole(16, 8000),
+        "full_size": whole(16, 8000),
         "batch_size": whole(1),
         "balanced": SWITCH,
         "synthetic": {
-            "seed": whole(0), "train": whole(1), "validation": whole(1), "test": whole(1)
+            "seed": SEED, "train": whole(1), "validation": whole(1), "test": whole(1)
         },
     },
     "augment": {
@@ -122,7 +126,7 @@ SCHEMA = {
         "focal_gamma": number(0),
     },
     "checkpoint": {"every": whole(1), "keep": whole(2)},
-    "evaluation": {"every": whole(1), "batch_size": whole(1), "bootstrap": whole(0)},
+    "evaluation": {"every": whole(1), "batch_size": whole(1), "bootstrap": whole(0, 10**6)},
     "logging": {"every": whole(1)},
 }
 
@@ -155,9 +159,13 @@ def load_page(
     raise UserError(
         f"--config={path}: get_config() returned {type(config).__name__}, accepted: ConfigDict"
     )
-  for key, text in overrides:
-    _override(config, key, text)
-  check(config, source=f"--config={path}")
+  try:
+    config = ml_collections.ConfigDict(config, sort_keys=False)  # thawed, if it was frozen
+    for key, text in overrides:
+      _override(config, key, text)
+    check(config, source=f"--config={path}")
+  except ml_collections.config_dict.RequiredValueError:
+    raise UserError(f"--config={path}: holds a required placeholder; accepted: values") from None
   return config
 
 
@@ -208,8 +216,10 @@ def check(config: ml_collections.ConfigDict, source: str = "config") -> None:
         f"{source}: loss.class_weights has {len(weights)} numbers; accepted: () or "
         f"model.num_classes = {config.model.num_classes} of them"
     )
-  if any(w < 0 for w in weights):
-    raise UserError(f"{source}: loss.class_weights = {tuple(weights)}: accepted: none below zero")
+  if any(w < 0 for w in weights) or (len(weights) and not any(weights)):
+    raise UserError(
+        f"{source}: loss.class_weights = {tuple(weights)}: accepted: none below zero, not all zero"
+    )
   for small, large in (("image_size", "full_size"),):
     if config.data[small] > config.data[large]:
       raise UserError(

@@ -60,6 +60,10 @@ def test_overrides_take_the_type_of_the_key():
         ("phases.m.learning_rate", "-1", "at least 0"),
         ("model.std", "(0, 1, 1)", "above zero"),
         ("precision", "float64", "bfloat16, float32"),
+        ("seed", str(2**32), "at most 4294967295"),
+        ("phases.m.steps", "1" + 400 * "0", "at most"),
+        ("data.dir", "a\0b", "a text"),
+        ("loss.class_weights", "(0, 0, 0, 0, 0)", "not all zero"),
         ("loss.class_weights", "(1, 2)", "model.num_classes"),
         ("data.image_size", "4000", "data.full_size"),
         ("model.crop_size", "4000", "data.full_size"),
@@ -91,6 +95,17 @@ def test_broken_pages_are_named(tmp_path, text, words):
   assert words in str(caught.value) and "page.py" in str(caught.value)
   with pytest.raises(UserError, match="no such file"):
     config.load_page(str(tmp_path / "other.py"))
+
+
+def test_a_frozen_page_is_a_page(tmp_path):
+  page = tmp_path / "page.py"
+  source = f"import runpy, ml_collections as m\nget = runpy.run_path({SMOKE!r})['get_config']\n"
+  page.write_text(source + "get_config = lambda: m.FrozenConfigDict(get())\n")
+  assert config.load_page(str(page), [("seed", "7")]).seed == 7
+  required = "m.config_dict.required_placeholder(int)"
+  page.write_text(source + f"def get_config():\n  c = get()\n  c.seed = {required}\n  return c\n")
+  with pytest.raises(UserError, match="placeholder"):
+    config.load_page(str(page))
 
 
 def test_a_missing_and_a_surplus_key_are_named(tmp_path):
