@@ -118,9 +118,10 @@ class Model:
               if name in out:
                 answers[name][index] = out[name][row, eye]
     rejected = rejected + [(names[index], bad[index]) for index in sorted(bad)]
-    for name, reason in rejected:
-      console.warn(f"{shown(name)} {reason}; not graded")
     graded = sorted(answers["logits"])
+    if graded or rejected[1:]:  # else the error says it
+      for name, reason in rejected:
+        console.warn(f"{shown(name)} {reason}; not graded")
     if not graded:
       name, reason = rejected[0]
       others = f" (and {len(rejected) - 1} more that cannot be graded)" if rejected[1:] else ""
@@ -203,6 +204,9 @@ def _check_out(out: pathlib.Path, images: Sequence[str]) -> None:
   if out.is_dir() or not parent.is_dir():
     raise UserError(f"--out={out}: {'is a folder' if out.is_dir() else f'no folder {parent}'}; "
                     "accepted: a file to write, in a folder that is there")
+  if out.is_symlink() or (out.exists() and not out.is_file()):
+    raise UserError(f"--out={out}: is a link or a device; accepted: a file to write, or no --out "
+                    "for standard output")
   if not os.access(parent, os.W_OK | os.X_OK):
     raise UserError(f"--out={out}: {parent} cannot be written to; accepted: a file to write")
   if out.suffix.lower() in SUFFIXES or any(out.resolve() == pathlib.Path(i).resolve()

@@ -220,6 +220,12 @@ def test_command_writes_a_csv_or_nothing(untrained, photographs, tmp_path, capfd
   assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "grades.csv", "in"]
   with Image.open(good) as kept:
     assert kept.size == (128, 128)
+  link = tmp_path / "link.csv"
+  link.symlink_to(out)
+  os.mkfifo(tmp_path / "pipe.csv")  # as /dev/stdout may be: a rename would destroy it
+  for other in (link, tmp_path / "pipe.csv"):
+    with pytest.raises(UserError, match="a link or a device"):
+      predictor.run(str(untrained), [good], str(other))
 
 
 def test_predict_agrees_with_evaluate(model, smoke_config):
