@@ -22,10 +22,12 @@ def devices() -> list[jax.Device]:
   """All devices of the run. Raises UserError where the platform asked for is not there."""
   try:
     return jax.devices()
-  except RuntimeError as error:
-    platforms = jax.config.jax_platforms
-    reason = " ".join(str(error).split())
-    raise UserError(f"JAX_PLATFORMS={platforms}: no device can be used: {reason}") from error
+  except (RuntimeError, AssertionError) as error:  # the latter where a plug-in is not installed
+    reason = " ".join(str(error).split()) or "its plug-in is not installed"
+    raise UserError(
+        f"JAX_PLATFORMS={jax.config.jax_platforms}: no device can be used: {reason}; "
+        "accepted: a platform that is there, or the variable not set"
+    ) from error
 
 
 def any_process(flag: bool) -> bool:

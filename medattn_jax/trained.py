@@ -71,6 +71,7 @@ def open_workdir(
   experiment.check(config)
   checkpoints = Checkpoints(place.checkpoints)
   number = checkpoints.resolve(step)
+  sharding.devices()
   tree, meta = checkpoints.load(number)
   where = place.checkpoints / str(number)
   _agree(config, meta, where)
