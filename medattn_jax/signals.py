@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop at the next safe place, at once when asked twice."""
+"""SIGTERM, SIGINT and SIGHUP: stop at the next safe place, at once when asked twice."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ class Signals:
   nothing can be lost, `waits = False` lets the first signal raise Stopped on the spot.
   """
 
-  CAUGHT = (signal.SIGTERM, signal.SIGINT)
+  CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
   def __init__(self):
     self.waits = False
     self.number = 0
 
   def __enter__(self) -> Signals:
-    self._before = {number: signal.signal(number, self._caught) for number in self.CAUGHT}
+    caught = set(self.CAUGHT)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the terminal may go away
+      caught.remove(signal.SIGHUP)
+    self._before = {number: signal.signal(number, self._caught) for number in caught}
     return self
 
   def __exit__(self, *_) -> None:

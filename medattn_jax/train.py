@@ -65,7 +65,11 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     )
     log = stack.enter_context(Log(directory.path, config))
     work = Run(config, dataset, checkpoints, log, signals)
-    train(work)
+    try:
+      train(work)
+    except Stopped:
+      checkpoints.wait()  # between two phases the last one's may be under way
+      raise
     checkpoints.wait()
     evaluate.run(path, step="best", once=True)
 
@@ -245,10 +249,13 @@ def host_batches(work: Run, now: Experiment, step: int) -> Iterator[list[dict]]:
 def compile_while_loading(now: Experiment, updates: Iterator[Any]) -> tuple[Any, Any]:
   """The compiled step and the first update: the pipeline warms up while XLA works."""
   start = time.monotonic()
-  with concurrent.futures.ThreadPoolExecutor(1) as background:
+  background = concurrent.futures.ThreadPoolExecutor(1)
+  try:
     compiling = background.submit(lambda: now.lower_train_step().compile())
     first = next(updates)
     compiled = compiling.result()
+  finally:
+    background.shutdown(wait=False)  # who stops the run does not wait for the compiler
   console.say(f"phase {now.phase}: step compiled in {time.monotonic() - start:.1f} s")
   return compiled, first
 

@@ -45,3 +45,15 @@ with Signals() as signals:
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
   assert (done.returncode, done.stdout) == (130, "goes on\n")
+
+
+def test_a_terminal_that_goes_away_stops_the_run_unless_it_was_started_with_nohup():
+  with pytest.raises(Stopped) as stopped, Signals():
+    signal.raise_signal(signal.SIGHUP)
+  assert stopped.value.status == 129
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with Signals():
+      signal.raise_signal(signal.SIGHUP)
+  finally:
+    signal.signal(signal.SIGHUP, before)
