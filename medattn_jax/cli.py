@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from medattn_jax.errors import UserError
+from medattn_jax.signals import Stopped
+
+SMALLER = "accepted: a smaller data.batch_size, evaluation.batch_size or data.full_size"
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,9 +25,14 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     fail(f"{message} (see {self.prog} --help)")
 
+  def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+    leave(status)  # after --help
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs one command and exits: 0, 2 for a user's mistake, 128 + n when signal n ended it."""
+  lasting_streams()
+  signal.signal(signal.SIGTERM, stop)
   quiet_libraries()
   parser = make_parser()
   known, rest = parser.parse_known_args(arguments)
@@ -27,13 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known.run(known, rest)
   except UserError as error:
     fail(str(error))
+  except Stopped as stopped:
+    leave(stopped.status)
   except KeyboardInterrupt:
     leave(130)
+  except MemoryError as error:
+    fail(f"out of memory: {error}; {SMALLER}")
   except OSError as error:
     # Disks fill and permissions lack anywhere; what is no such matter is ours to mend.
-    if error.errno is None or not error.filename:
+    if error.errno is None or not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
       raise
-    fail(f"{error.filename}: {os.strerror(error.errno)}")
+    fail(f"{error.filename or 'output'}: {os.strerror(error.errno)}")
+  except RuntimeError as error:
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):  # JAX's word for a device's memory
+      raise
+    fail(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}")
   leave(0)
 
 
@@ -94,7 +115,6 @@ def train(flags: argparse.Namespace, rest: Sequence[str]) -> None:
 
   page = config.load_page(flags.config, overrides(rest))
   from medattn_jax import sharding
-  from medattn_jax.signals import Stopped
 
   if flags.processes > 1:
     sharding.start_processes(flags.coordinator, flags.processes, flags.process)
@@ -171,6 +191,11 @@ def refuse(rest: Sequence[str]) -> None:
     raise UserError(f"unknown argument {rest[0]}; accepted: the flags of medattn COMMAND --help")
 
 
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+  """Ends any command as its finally clauses do; a training has its own way."""
+  raise Stopped(number)
+
+
 def quiet_libraries() -> None:
   """Before TensorFlow and JAX start: only their errors are of use to a user."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -184,6 +209,40 @@ def fail(message: str) -> NoReturn:
 
 def leave(status: int) -> NoReturn:
   """Exits without waiting for library threads that may be compiling or reading still."""
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError, RuntimeError):  # a signal may come while one is written to
+    sys.stderr.flush()
+  try:
+    sys.stdout.flush()
+  except (OSError, RuntimeError) as error:
+    if not status:
+      print(f"medattn: error: standard output: {error}", file=sys.stderr)
+    status = status or 2
   os._exit(status)
+
+
+class _Lasting(io.FileIO):
+  """A stream whose reader may leave, as `| head` and a closed terminal do: the work goes on."""
+
+  def write(self, content: Any) -> int | None:
+    try:
+      return super().write(content)
+    except OSError as error:
+      if error.errno not in (errno.EPIPE, errno.EIO):
+        raise
+      return len(content)
+
+
+def lasting_streams() -> None:
+  """Standard streams that are there, opened or not, and outlive their readers."""
+  while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+    pass  # or the next file to be opened would be written what is said
+  os.close(spare)
+  for name, number in (("stdout", 1), ("stderr", 2)):
+    old = getattr(sys, name)
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
+        encoding=getattr(old, "encoding", "utf-8"),
+        errors="backslashreplace",  # whatever is in a name
+        line_buffering=True,
+    )
+    setattr(sys, name, stream)

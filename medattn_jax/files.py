@@ -21,6 +21,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       os.fsync(written.fileno())
     os.replace(aside, path)
     sync_directory(path.parent)
+  except OSError as error:
+    if error.filename in (None, os.fspath(aside)):  # a full disk names no file
+      error.filename = os.fspath(path)
+    raise
   finally:
     aside.unlink(missing_ok=True)
 

@@ -45,3 +45,23 @@ def test_help_names_every_command_within_a_second():
     assert command in done.stdout
   assert "no medical device" in done.stdout
   assert seconds < 1
+
+
+def test_a_full_disk_a_reader_that_leaves_and_closed_streams():
+  shell = lambda line: subprocess.run(
+      ["bash", "-c", f"{' '.join(COMMAND)} {line}"], capture_output=True, text=True, check=False
+  )
+  full = shell("--help > /dev/full")
+  assert full.returncode == 2 and "No space" in full.stderr
+  assert full.stderr.startswith("medattn: error: ") and full.stderr.count("\n") == 1
+  left = shell("--help | true; exit ${PIPESTATUS[0]}")
+  assert (left.returncode, left.stderr) == (0, "")
+  closed = shell("fly 0<&- 1>&- 2>&-")
+  assert closed.returncode == 2
+
+
+def test_sigterm_ends_any_command_with_its_status():
+  code = "import os, signal; from medattn_jax import cli\n"
+  code += "cli.doctor = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.main(['doctor'])"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (143, "")

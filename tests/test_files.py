@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -21,6 +22,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     raise KeyboardInterrupt
   assert json.loads(path.read_text()) == {"old": 1}
   assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
+  path = tmp_path / "a.csv"
+  with pytest.raises(OSError, match="No space") as full, files.replacing(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  assert full.value.filename == str(path)
+  with pytest.raises(FileNotFoundError) as lost:
+    files.write_text(tmp_path / "no" / "a.csv", "")
+  assert lost.value.filename == str(tmp_path / "no" / "a.csv")
 
 
 def test_a_write_replaces_by_one_rename_of_a_synced_file(tmp_path, monkeypatch):
