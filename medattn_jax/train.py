@@ -63,6 +63,7 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     dataset = pipeline.open_dataset(
         data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
     )
+    check_levels(dataset, config.model.num_classes)
     log = stack.enter_context(Log(directory.path, config))
     work = Run(config, dataset, checkpoints, log, signals)
     try:
@@ -174,6 +175,16 @@ def resume(work: Run) -> tuple[Experiment, State]:
   return now, state
 
 
+def check_levels(dataset: pipeline.DataSet, num_classes: int) -> None:
+  """Raises UserError where the data set has levels that the model cannot answer."""
+  for split in dataset.splits:
+    if (highest := int(dataset.levels(split).max(initial=-1))) >= num_classes:
+      raise UserError(
+          f"model.num_classes = {num_classes}: data set {dataset.name}, split {split}, has level "
+          f"{highest}; accepted: at least {highest + 1}"
+      )
+
+
 def adopt(directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> None:
   """Makes `config` the workdir's, unless work is there that another config began."""
   asked = pages.to_dict(config)
@@ -277,7 +288,7 @@ class Log:
   """metrics.jsonl, TensorBoard events and the live line; watches that the loss is finite."""
 
   def __init__(self, path: pathlib.Path, config: ml_collections.ConfigDict):
-    self.config, self.path = config, path
+    self.config, self.folder = config, path / "tensorboard"
     self.lines = MetricsLog(path / "metrics.jsonl") if jax.process_index() == 0 else None
     self.live = console.Live()
     self.late = None
@@ -286,14 +297,26 @@ class Log:
     if self.lines:
       from clu import metric_writers  # imports TensorFlow
 
-      self.events = metric_writers.SummaryWriter(str(self.path / "tensorboard"))
+      with self.plain_errors():
+        self.events = metric_writers.SummaryWriter(str(self.folder))
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, kind: type | None, *_) -> None:
     self.live.close()
     if self.lines:
       self.lines.close()
-      self.events.close()
+      # What ended the run already is told, not what follows from it.
+      with contextlib.suppress(*[UserError] if kind else []), self.plain_errors():
+        self.events.close()
+
+  @contextlib.contextmanager
+  def plain_errors(self) -> Iterator[None]:
+    """Turns TensorFlow's errors, of a full disk for one, into a UserError of one line."""
+    try:
+      yield
+    except Exception as error:
+      why = " ".join(str(error).split("}} ")[-1].split())[:200]
+      raise UserError(f"{self.folder}: events cannot be written: {why}") from error
 
   def truncate_after(self, step: int) -> None:
     if self.lines:
@@ -346,4 +369,5 @@ class Log:
   def _write(self, step: int, values: dict[str, float]) -> None:
     if self.lines:
       self.lines.write({"step": step, "phase": self.now.phase, **values})
-      self.events.write_scalars(step, values)
+      with self.plain_errors():
+        self.events.write_scalars(step, values)

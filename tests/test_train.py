@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
+from medattn_jax.errors import UserError
 
 PAGE = str(pathlib.Path(__file__).parent / "pages" / "tiny.py")
 STEPS = 12
@@ -182,6 +185,29 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path, data_dir):
   assert status == 2 and "at step" in err and "learning_rate" in err and "Traceback" not in err
   assert not Checkpoints(tmp_path / "run" / "checkpoints").steps()
   assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_line_and_hides_no_other_error(tmp_path, monkeypatch):
+  def full(*_):
+    raise RuntimeError("{{node x}} /somewhere/events; No space left on device\nmore")
+
+  (tmp_path / "file").mkdir()
+  (tmp_path / "file" / "tensorboard").write_text("")
+  with pytest.raises(UserError, match="tensorboard: events cannot be written"):
+    loop.Log(tmp_path / "file", None).__enter__()
+  log = loop.Log(tmp_path, None).__enter__()
+  monkeypatch.setattr(type(log.events), "close", full)
+  with pytest.raises(UserError, match="cannot be written: /somewhere/events; No space"):
+    log.__exit__(None, None, None)
+  log.__exit__(ValueError, ValueError(), None)  # raises nothing
+
+
+def test_levels_that_the_model_has_not_are_refused_before_the_first_step():
+  levels = {"train": np.array([[1, -1]]), "test": np.array([[0, 3]]), "none": np.zeros((0, 2), int)}
+  dataset = types.SimpleNamespace(name="d", splits=levels, levels=levels.get)
+  loop.check_levels(dataset, 4)
+  with pytest.raises(UserError, match=r"split test, has level 3; accepted: at least 4"):
+    loop.check_levels(dataset, 3)
 
 
 def test_another_device_count_goes_on(finished, tmp_path, data_dir):
