@@ -228,10 +228,9 @@ class Checkpoints:
     if step not in ("latest", "last", "best") and type(step) is not int:
       raise UserError(f"step={step!r}: accepted are a step's number, 'best' and 'last'")
     for other in sorted(set(self._entries()) - set(steps)):
-      if not _is_empty(self._path(other)):
-        console.warn(
-          f"{Damaged(other, f'{manifest.NAME} is missing', self.directory)}; passed over"
-        )
+      damaged = Damaged(other, f"{manifest.NAME} is missing", self.directory)
+      empty = f"{self._path(other)}: an empty directory, no checkpoint"
+      console.warn(f"{empty if _is_empty(self._path(other)) else damaged}; passed over")
     if not steps:
       raise UserError(f"{self.directory}: no checkpoint there")
     if step in ("latest", "last"):

@@ -174,7 +174,10 @@ class MetricsLog:
       lines = self.path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
       return []
-    return [json.loads(line) for line in lines if _step_of(line) is not None]
+    whole = [json.loads(line) for line in lines if _step_of(line) is not None]
+    if len(whole) < len(lines):
+      console.warn(f"{self.path}: {len(lines) - len(whole)} lines that are not whole passed over")
+    return whole
 
   def close(self) -> None:
     if self._file is not None:

@@ -285,6 +285,13 @@ def test_steps_that_are_not_there_are_the_users_error(tmp_path):
   assert checkpoints.steps() == [4] and os.listdir(tmp_path) == ["4"]
 
 
+def test_an_empty_directory_is_no_step_and_is_said(tmp_path, capsys):
+  checkpoints = saved(tmp_path, 4)
+  (tmp_path / "9").mkdir()
+  assert checkpoints.resolve("last") == checkpoints.resolve("best") == 4
+  assert "9: an empty directory, no checkpoint; passed over" in capsys.readouterr().err
+
+
 def test_a_step_that_lost_its_manifest_is_passed_over_aloud(tmp_path, capsys):
   checkpoints = saved(tmp_path, 4, 8)
   (tmp_path / "8/manifest.json").unlink()

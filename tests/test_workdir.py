@@ -125,6 +125,8 @@ def test_a_resumed_log_is_what_an_unbroken_one_would_be(tmp_path, capsys):
   broken = whole.split(b"\n")
   broken[1:1] = [b"garbage", b"\0\0\0", b'{"loss": 1}', b'{"step": NaN}', b'{"step": "2"}', b"[3]"]
   path.write_bytes(b"\n".join(broken)[:-9])  # the last line is torn, too
+  assert log.read() == lines[:-1]
+  assert "7 lines that are not whole passed over" in capsys.readouterr().err
   log.truncate_after(3)
   assert path.read_bytes() == whole[: whole.index(b'{"step": 4')]
   said = capsys.readouterr().err
