@@ -25,6 +25,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -380,8 +381,12 @@ def _raised_anyway(record: logging.LogRecord) -> bool:
 
 def _orbax_save(path: pathlib.Path, tree: dict) -> None:
   ocp, checkpointer = _orbax_handler()
+  before = sys.unraisablehook
+  # After a write that failed the others find nobody who waits, and say so with a traceback each.
+  sys.unraisablehook = lambda late: str(late.exc_value) == "Event loop is closed" or before(late)
   with checkpointer:
     checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+  sys.unraisablehook = before  # not after a failure: they may still come
 
 
 def _orbax_load(path: pathlib.Path) -> dict:
