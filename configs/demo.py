@@ -38,20 +38,21 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.backbone = "resnet_small"
   config.model.neck_features = 128
   config.model.attention_features = 64
-  config.model.crop_backbone = "resnet_tiny"
+  config.model.crop_backbone = "resnet_small"
+  config.model.crop_init = "m_net"
   config.model.num_classes = 5
   config.model.num_regions = 4
-  config.model.crop_size = 128
-  config.model.mask_size = 65
-  config.model.mask_scope = "level"
+  config.model.crop_size = 96
+  config.model.mask_size = 50
+  config.model.mask_scope = "all"
   config.model.coords = "resize"
   config.model.mean = (0.5, 0.5, 0.5)
   config.model.std = (0.5, 0.5, 0.5)
   config.model.local_width = 0.03
-  config.model.local_gain = 4.0
+  config.model.local_gain = 2.0
 
   config.norm = ml_collections.ConfigDict()
-  config.norm.group_size = 4
+  config.norm.group_size = 16
   config.norm.momentum = 0.9
 
   config.data = ml_collections.ConfigDict()
@@ -60,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.full_size = 400
   config.data.image_size = 160
   config.data.batch_size = 16
-  config.data.balanced = False
+  config.data.balanced = True
   config.data.synthetic = ml_collections.ConfigDict()  # of data.name = "synthetic_fundus"
   config.data.synthetic.seed = 0
   config.data.synthetic.train = 700
@@ -69,9 +70,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.augment = ml_collections.ConfigDict()
   config.augment.dihedral = True
-  config.augment.brightness = 0.05
-  config.augment.contrast = 0.1
-  config.augment.colour = 0.05
+  config.augment.brightness = 0.0
+  config.augment.contrast = 0.0
+  config.augment.colour = 0.0
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "cross_entropy"
@@ -80,9 +81,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.focal_gamma = 2.0
 
   config.phases = ml_collections.ConfigDict()
-  config.phases.m = phase(400, 2e-3, 40, 0.99)
-  config.phases.a = phase(120, 2e-3, 20, 0.0)
-  config.phases.c = phase(200, 1e-3, 20, 0.99)
+  config.phases.m = phase(220, 3e-3, 30, 0.99)
+  config.phases.a = phase(100, 3e-3, 20, 0.0)
+  config.phases.c = phase(160, 2e-3, 20, 0.99)
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 100

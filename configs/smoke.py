@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.neck_features = 32
   config.model.attention_features = 32
   config.model.crop_backbone = "resnet_small"
+  config.model.crop_init = "m_net"
   config.model.num_classes = 5
   config.model.num_regions = 4
   config.model.crop_size = 40

@@ -43,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.neck_features = 1024
   config.model.attention_features = 1024
   config.model.crop_backbone = "inception_v3"
+  config.model.crop_init = "random"
   config.model.num_classes = 5
   config.model.num_regions = 4
   config.model.crop_size = 384

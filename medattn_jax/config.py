@@ -87,6 +87,7 @@ SCHEMA = {
         "num_classes": Rule(lambda v: _is_int(v) and 2 <= v <= 100, "a whole number from 2 to 100"),
         "neck_features": whole(1, 65536),
         "attention_features": whole(1, 65536),
+        "crop_init": one_of("random", "m_net"),
         "crop_size": whole(8),
         "num_regions": whole(1, 100),
         "mask_size": whole(1),

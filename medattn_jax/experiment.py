@@ -79,7 +79,9 @@ class Experiment:
     """
 
     def ready(params, batch_stats, step):
-      return self._phase_state(step, params, batch_stats)
+      before = {"params": params, "batch_stats": batch_stats}
+      begun = models.hand_on(self.config, self.phase, before)
+      return self._phase_state(step, begun["params"], begun["batch_stats"])
 
     params = state.params if state.ema is None else state.ema
     enter = jax.jit(ready, out_shardings=sharding.replicated(self.mesh))

@@ -191,6 +191,7 @@ def adopt(directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Ch
   if checkpoints.any():
     done = checkpoints.newest_meta()
     held = done["config"] if done else directory.read_config()
+    pages.from_dict(held, source=f"{directory.path}, config of the run that is there")
     refuse_other_run(directory.path, asked, held, done["step"] if done else 0)
   if jax.process_index() == 0:
     directory.write_config(asked)

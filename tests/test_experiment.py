@@ -31,7 +31,8 @@ def batch(page, seed=0):
 
 @pytest.mark.parametrize("phase", ["m", "a", "c"])
 def test_demo_step_on_eight_devices_has_one_all_reduce_and_donates_its_state(phase):
-  page = config.load_page(str(CONFIGS / "demo.py"))
+  # The page's groups of 16 photographs fit one or two devices; on eight each holds 4.
+  page = config.load_page(str(CONFIGS / "demo.py"), [("norm.group_size", "4")])
   now = experiment.build(page, phase=phase)
   assert now.mesh.size == 8
   text = now.lower_train_step().compile().as_text()
@@ -87,6 +88,20 @@ def test_a_new_phase_begins_from_the_averaged_params():
   assert int(entered.step) == 1 and entered.ema is None
   shapes = jax.tree.map(lambda x: (x.shape, x.dtype), entered)
   assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), second.abstract_state)
+
+
+def test_c_net_begins_with_m_nets_backbone_where_the_page_says_so():
+  page = smoke(("model.crop_init", "m_net"))
+  now = experiment.build(page, phase="c", devices=jax.devices()[:1])
+  before = now.initial()
+  entered = jax.device_get(now.enter(before))
+  for tree in (entered.params, entered.batch_stats):
+    same = jax.tree.map(np.array_equal, tree["c_net"]["backbone"], tree["m_net"]["backbone"])
+    assert jax.tree.all(same)
+  now.train_step(now.enter(before), now.put_train([batch(page)]))  # no buffer twice
+  with pytest.raises(UserError, match=r"model\.backbone differ"):
+    other = experiment.build(smoke(("model.crop_backbone", "resnet_tiny")), phase="c")
+    other.enter(other.initial())
 
 
 def test_answers_do_not_depend_on_the_device_count():

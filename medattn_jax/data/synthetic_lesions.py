@@ -251,7 +251,7 @@ def _new_vessels(rng, anatomy):
       a = rng.uniform(0, 2 * np.pi)
       out = anatomy.disc_radius * 0.6
       x, y = anatomy.disc[0] + out * np.cos(a), anatomy.disc[1] + out * np.sin(a)
-      tangle = _tangle(rng, x, y, largest=75, veil=0.05)
+      tangle = _tangle(rng, x, y, largest=85, veil=0.05)
       if _fits(anatomy, tangle):
         break
   else:
@@ -266,9 +266,12 @@ def _new_vessels(rng, anatomy):
   return marks
 
 
-def _tangle(rng, x, y, largest=88, veil=0.22):
-  """New vessels of about 70 to 180 pixels: loops that start from (x, y), with a veil below them."""
-  reach = rng.uniform(40, largest)
+def _tangle(rng, x, y, largest=112, veil=0.22):
+  """New vessels of about 110 to 220 pixels: loops that start from (x, y), with a veil below them.
+
+  The veil is reddish, or in most the greyish white of the fibrous tissue that grows with them.
+  """
+  reach = rng.uniform(58, largest)
   wide = rng.uniform(2.6, 3.8)
   fill = tuple(int(c * rng.uniform(0.85, 1.1)) for c in (52, 150, 116))
   dark, loops = [], []
@@ -277,6 +280,11 @@ def _tangle(rng, x, y, largest=88, veil=0.22):
     dark += [(strip, fill) for strip in _ribbon(loop, wide * rng.uniform(0.7, 1.2))]
     loops.append(loop)
   under = [(x, y, reach * 0.7, reach * 0.7, 0.0, (150, 60, 45), veil)]
+  if rng.uniform() < 0.75:
+    for _ in range(int(rng.integers(3, 6))):
+      px, py = [x, y] + rng.normal(0, 0.28, 2) * reach
+      rx, ry = rng.uniform(0.3, 0.6, 2) * reach
+      under.append((px, py, rx, ry, rng.uniform(0, 3.1), (212, 190, 160), rng.uniform(0.3, 0.5)))
   return Mark(NEOVASCULARISATION, _extent(*loops, margin=2.0), under=under, dark=dark)
 
 

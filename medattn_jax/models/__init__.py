@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from medattn_jax.errors import UserError
+from medattn_jax.models import zoom_in_net
 from medattn_jax.models.backbones.inception_resnet_v2 import InceptionResNetV2
 from medattn_jax.models.backbones.inception_v3 import InceptionV3
 from medattn_jax.models.backbones.resnet_small import ResNetSmall
@@ -72,6 +73,13 @@ def build(config: Any) -> nn.Module:
     attention_features=model.attention_features, crop_size=model.crop_size,
     num_regions=model.num_regions, mask_size=model.mask_size, mask_scope=model.mask_scope,
     coords=model.coords, **options)
+
+
+def hand_on(config: Any, phase: str, variables: dict[str, Any]) -> dict[str, Any]:
+  """The variables with which `phase` begins, of those with which the phase before it ended."""
+  if config.model.name == "zoom_in_net":
+    return zoom_in_net.hand_on(variables, phase, config.model.crop_init)
+  return variables
 
 
 def backbone(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, UInt8
 
 from medattn_jax import contrast, crops
+from medattn_jax.errors import UserError
 from medattn_jax.models.attention import AttentionNet
 from medattn_jax.models.norm import Array, ConvBN
 
@@ -209,6 +210,32 @@ class ZoomInNet(nn.Module):
     patches = normalise(apart(patches), gain, bias, self.mean, self.std, self.dtype)
     y_c = self.c_net(patches, pair, train)
     return y_m + y_a + y_c, {**out, "y_C": y_c}
+
+
+def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
+  """What the phases before leave to `phase`: C-Net may begin with M-Net's backbone. [choice]
+
+  The paper begins both from ImageNet; where there are no such weights, M-Net's are the nearest.
+
+  Args:
+    variables: {"params", "batch_stats"}; not changed.
+    crop_init: "m_net", or "random" to leave all as it is.
+
+  Raises:
+    UserError: the two backbones differ.
+  """
+  if phase != "c" or crop_init == "random":
+    return variables
+  handed = {}
+  for kind, branches in variables.items():
+    own, given = branches["c_net"]["backbone"], branches["m_net"]["backbone"]
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (own, given)]
+    if shapes[0] != shapes[1]:
+      raise UserError('model.crop_init = m_net: model.crop_backbone and model.backbone differ; '
+                      'accepted: "random", or the same backbone')
+    own = jax.tree.map(jnp.copy, given)  # buffers of its own: a step is given them to overwrite
+    handed[kind] = {**branches, "c_net": {**branches["c_net"], "backbone": own}}
+  return handed
 
 
 def _view(model: MNet | ZoomInNet, image, gain, bias):

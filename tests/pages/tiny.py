@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.neck_features = 16
   config.model.attention_features = 32
   config.model.crop_backbone = "resnet_tiny"
+  config.model.crop_init = "random"
   config.model.num_classes = 5
   config.model.num_regions = 4
   config.model.crop_size = 40

@@ -30,6 +30,9 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
 class ResNetSmall(nn.Module):
   """Stages of 3×3 residual blocks at strides 4, 8, 16: 160² gives 10² features.
 
+  With the default blocks a feature sees about 64² pixels. That is meant: features that see the
+  whole image say no longer *where*, and attention on them finds nothing.
+
   Attributes:
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
     widths, blocks: channels and residual blocks of each stage.
@@ -38,7 +41,7 @@ class ResNetSmall(nn.Module):
 
   num_classes: int | None = None
   widths: tuple[int, ...] = (32, 64, 128)
-  blocks: tuple[int, ...] = (1, 1, 2)
+  blocks: tuple[int, ...] = (1, 1, 0)
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
