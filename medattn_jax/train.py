@@ -52,6 +52,8 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
   """
   sharding.devices()
   experiment.check(config, jax.device_count())
+  if not experiment.total_steps(config):
+    raise UserError("phases: steps is 0 in every phase; accepted: at least one step to train")
   with Signals() as signals, contextlib.ExitStack() as stack:
     directory = Workdir(path)
     if jax.process_index() == 0:  # for all processes of the run

@@ -23,6 +23,8 @@ class Workdir:
   """Paths and files of one run. Making one touches no disk; what is not ours is never deleted."""
 
   def __init__(self, path: str | os.PathLike):
+    if not os.fspath(path):  # pathlib takes it for the current folder
+      raise UserError("workdir = '': accepted is the path of a folder")
     self.path = pathlib.Path(path).absolute()
     self.checkpoints = self.path / "checkpoints"
     self.evaluation = self.path / "evaluation"

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from medattn_jax import config
 from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.errors import UserError
+from medattn_jax.workdir import Workdir
 
 PAGE = str(pathlib.Path(__file__).parent / "pages" / "tiny.py")
 STEPS = 12
@@ -200,6 +202,27 @@ def test_a_log_that_cannot_be_written_is_one_line_and_hides_no_other_error(tmp_p
   with pytest.raises(UserError, match="cannot be written: /somewhere/events; No space"):
     log.__exit__(None, None, None)
   log.__exit__(ValueError, ValueError(), None)  # raises nothing
+
+
+@pytest.mark.parametrize(
+    ("workdir", "steps", "words"), [("", 12, "workdir = ''"), ("run", 0, "steps is 0 in every")]
+)
+def test_nothing_to_train_or_nowhere_is_refused(tmp_path, monkeypatch, workdir, steps, words):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(loop.jax, "device_count", lambda: 1)
+  with pytest.raises(UserError, match=words):
+    loop.run(config.load_page(PAGE, [("phases.joint.steps", str(steps))]), workdir)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_another_version_wrote_is_named(tmp_path):
+  page = config.load_page(PAGE)
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  checkpoints.save(1, {"w": np.zeros(2)}, {"step": 1, "config": {"seed": 0}})
+  checkpoints.wait()
+  with pytest.raises(UserError, match=r"the run that is there: phases is missing"):
+    loop.adopt(Workdir(tmp_path), page, checkpoints)
+  assert not (tmp_path / "config.json").exists()
 
 
 def test_levels_that_the_model_has_not_are_refused_before_the_first_step():
