@@ -108,7 +108,7 @@ SCHEMA = {
         "dir": TEXT,
         "image_size": whole(16, 8000),
         "full_size": whole(16, 8000),
-        "batch_size": whole(1),
+        "batch_size": whole(1, 65536),
         "balanced": SWITCH,
         "synthetic": {
             "seed": SEED, "train": whole(1), "validation": whole(1), "test": whole(1)
@@ -127,7 +127,7 @@ SCHEMA = {
         "focal_gamma": number(0),
     },
     "checkpoint": {"every": whole(1), "keep": whole(2)},
-    "evaluation": {"every": whole(1), "batch_size": whole(1), "bootstrap": whole(0, 10**6)},
+    "evaluation": {"every": whole(1), "batch_size": whole(1, 65536), "bootstrap": whole(0, 10**6)},
     "logging": {"every": whole(1)},
 }
 
