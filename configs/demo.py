@@ -81,9 +81,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.focal_gamma = 2.0
 
   config.phases = ml_collections.ConfigDict()
-  config.phases.m = phase(220, 3e-3, 30, 0.99)
-  config.phases.a = phase(100, 3e-3, 20, 0.0)
-  config.phases.c = phase(160, 2e-3, 20, 0.99)
+  config.phases.m = phase(320, 3e-3, 30, 0.99)
+  config.phases.a = phase(140, 3e-3, 20, 0.0)
+  config.phases.c = phase(280, 2e-3, 20, 0.99)
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 100
