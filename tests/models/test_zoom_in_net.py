@@ -1,7 +1,7 @@
 """Zoom-in-Net: the paper's shapes, the phases, the pair, and what each branch is given."""
 
 import functools
-from types import SimpleNamespace
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medattn_jax import models
+from medattn_jax import config, models
 from medattn_jax.models.backbones.resnet_small import ResNetSmall
 from medattn_jax.models.zoom_in_net import MNet, ZoomInNet
 
@@ -56,13 +56,9 @@ def evaluate(net, variables, batch, phase="c"):
 
 
 def paper_config(name="zoom_in_net"):
-  return SimpleNamespace(
-    precision="bfloat16", data=SimpleNamespace(image_size=492, full_size=1230),
-    norm=SimpleNamespace(group_size=8, momentum=0.9),
-    model=SimpleNamespace(
-      name=name, backbone="inception_resnet_v2", crop_backbone="inception_v3", num_classes=5,
-      neck_features=1024, attention_features=1024, crop_size=384, num_regions=4, mask_size=200,
-      mask_scope="level", coords="resize", mean=(0.5,) * 3, std=(0.5,) * 3))
+  page = config.load_page(str(pathlib.Path(__file__).parents[2] / "configs" / "zoom_in_net.py"))
+  page.model.name = name
+  return page
 
 
 def test_the_papers_shapes():
