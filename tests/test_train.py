@@ -58,7 +58,7 @@ def finished(tmp_path_factory, data_dir):
   workdir = tmp_path_factory.mktemp("finished") / "run"
   status, out, err = train(workdir, data_dir)
   assert status == 0, err
-  assert "M-Net" in out
+  assert "M-Net" in out and "images/s while training: joint" in out
   return workdir
 
 
