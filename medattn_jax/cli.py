@@ -74,9 +74,6 @@ def make_parser() -> Parser:
   add = command("train", train, "train a config page, or resume it, in a workdir")
   add.add_argument("--config", required=True, metavar="F", help="a page such as configs/demo.py")
   add.add_argument("--workdir", required=True, metavar="D", help="where the run lives")
-  add.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: of process 0")
-  add.add_argument("--processes", type=int, default=1, metavar="N", help="how many processes")
-  add.add_argument("--process", type=int, default=0, metavar="I", help="this one's number")
   add.epilog = "--config.KEY=VALUE changes a key of the page, such as --config.data.batch_size=8"
 
   add = command("evaluate", evaluate, "grade a split and write metrics, predictions and figures")
@@ -114,10 +111,6 @@ def train(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   from medattn_jax import config
 
   page = config.load_page(flags.config, overrides(rest))
-  from medattn_jax import sharding
-
-  if flags.processes > 1:
-    sharding.start_processes(flags.coordinator, flags.processes, flags.process)
   from medattn_jax import train
 
   try:

@@ -96,8 +96,3 @@ def _gather_texts(value: np.ndarray) -> np.ndarray:
   packed = np.concatenate(multihost_utils.process_allgather(packed))
   texts = [bytes(row).rstrip(b"\0").decode() for row in packed]
   return np.array(texts, object).reshape(-1, *value.shape[1:])
-
-
-def start_processes(coordinator: str, processes: int, process: int) -> None:
-  """Joins `processes` processes into one run. Call before any device is touched."""
-  jax.distributed.initialize(coordinator, processes, process)

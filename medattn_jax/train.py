@@ -13,7 +13,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +105,7 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
     state, metrics = compiled(state, next(updates))
     step += 1
     validates = step % every.evaluation.every == 0 or step == now.ends
-    stops = asked_to_stop(work, step)
+    stops = asked_to_stop(work, step, metrics)
     saves = validates or stops or step % every.checkpoint.every == 0
     work.log.step(step, metrics, read_now=saves)  # else read one step late: dispatch never waits
     if saves:
@@ -277,12 +277,13 @@ def compile_while_loading(now: Experiment, updates: Iterator[Any]) -> tuple[Any,
   return compiled, first
 
 
-def asked_to_stop(work: Run, step: int) -> bool:
+def asked_to_stop(work: Run, step: int, metrics: Mapping[str, jax.Array]) -> bool:
   """Whether a signal has come, to any process: all of them must stop at the same step."""
   if jax.process_count() == 1:
     return bool(work.signals.number)
   if step % work.config.logging.every:
     return False
+  jax.block_until_ready(metrics)  # CPU processes take collectives in flight for one another
   return sharding.any_process(bool(work.signals.number))
 
 

@@ -99,9 +99,10 @@ def build(data_dir, *, seed: int, size: int, train: int, validation: int, test: 
     description=f"{train}/{validation}/{test} patients, {size} pixels, seed {seed}",
     **numbers,
   )
-  builder = SyntheticFundus(
-    data_dir=os.fspath(data_dir), config=config, file_format=schema.FILE_FORMAT
+  make = functools.partial(
+    SyntheticFundus, data_dir=os.fspath(data_dir), config=config, file_format=schema.FILE_FORMAT
   )
+  builder = make()
   target = pathlib.Path(builder.data_path)
   if not target.exists():
     try:
@@ -109,6 +110,8 @@ def build(data_dir, *, seed: int, size: int, train: int, validation: int, test: 
     except (OSError, RuntimeError) as e:  # array_record says of a full disk RuntimeError
       why = getattr(e, "strerror", None) or str(e).split("; writing")[0]
       raise UserError(f"{data_dir}: cannot write the data set synthetic_fundus: {why}") from e
+    # Read anew: where another process drew it, this builder knows no splits yet.
+    builder = make()
   return builder
 
 
