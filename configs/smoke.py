@@ -1,8 +1,8 @@
-"""The whole road in half a minute: every phase takes a few steps on a few drawn photographs.
+"""The whole road in under a minute: every phase takes a few steps on a few drawn photographs.
 
 Command:   medattn train --config=configs/smoke.py --workdir=runs/smoke
 Hardware:  two CPU cores.
-Time:      under 30 s, the drawing of the photographs included.
+Time:      37 s, most of it compiling; the drawing of the photographs included.
 Score:     none to speak of: it shows that everything runs, not that it learns.
 """
 
