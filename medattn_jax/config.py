@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import pathlib
 import runpy
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from medattn_jax.errors import UserError
+from medattn_jax.errors import UserError, nearest
 
 
 class Rule(NamedTuple):
@@ -232,12 +231,6 @@ def check(config: ml_collections.ConfigDict, source: str = "config") -> None:
         f"{source}: model.crop_size = {config.model.crop_size} is larger than data.full_size = "
         f"{config.data.full_size}; accepted: at most data.full_size"
     )
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-  """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
-  close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-  return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _check_level(config, schema, prefix, source):

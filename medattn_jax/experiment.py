@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from medattn_jax import config as pages
 from medattn_jax import models, optim, sharding
-from medattn_jax.errors import UserError
+from medattn_jax.errors import UserError, nearest
 from medattn_jax.step import State, make_eval_step, make_train_step
 
 STOPS = ("y_M", "y_A", "y_C", "G", "boxes")
@@ -170,13 +169,13 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
   name = config.model.name
   if name not in known:
     raise UserError(
-        f"model.name = {name!r}{pages.nearest(name, list(known))}; accepted: {', '.join(known)}"
+        f"model.name = {name!r}{nearest(name, list(known))}; accepted: {', '.join(known)}"
     )
   for key in ("backbone", "crop_backbone"):
     if config.model[key] not in models.BACKBONES:
       raise UserError(
           f"model.{key} = {config.model[key]!r}"
-          f"{pages.nearest(config.model[key], list(models.BACKBONES))}; "
+          f"{nearest(config.model[key], list(models.BACKBONES))}; "
           f"accepted: {', '.join(models.BACKBONES)}"
       )
   if set(config.phases) != set(known[name]):

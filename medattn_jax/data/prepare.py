@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import io
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from medattn_jax import console, files
 from medattn_jax.data import photographs, schema
 from medattn_jax.data.sources import Photograph
-from medattn_jax.errors import UserError
+from medattn_jax.errors import UserError, nearest
 
 SOURCES = ("csv",)
 REJECTED = "rejected.csv"
@@ -92,8 +91,7 @@ def prepare(
 
 def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
   if source not in SOURCES:
-    close = difflib.get_close_matches(source, SOURCES, 1, 0.4)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
   if not input_dir.is_dir():
     raise UserError(f"--input={input_dir} is no folder")

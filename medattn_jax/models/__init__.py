@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from medattn_jax.errors import UserError
+from medattn_jax.errors import UserError, nearest
 from medattn_jax.models import zoom_in_net
 from medattn_jax.models.backbones.inception_resnet_v2 import InceptionResNetV2
 from medattn_jax.models.backbones.inception_v3 import InceptionV3
@@ -98,6 +97,4 @@ def _named(key: str, name: str, table: Mapping[str, Any]) -> Any:
   """table[name], or a UserError that names the key, the nearest name and all of them."""
   if name in table:
     return table[name]
-  near = difflib.get_close_matches(str(name), table, 1)
-  hint = f" (did you mean {near[0]}?)" if near else ""
-  raise UserError(f"{key}={name!r}: one of {', '.join(table)}{hint}")
+  raise UserError(f"{key}={name!r}: one of {', '.join(table)}{nearest(name, table)}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import pathlib
 
 from medattn_jax.data import schema
-from medattn_jax.errors import UserError
+from medattn_jax.errors import UserError, nearest
 
 PREPARED = ("csv",)  # by `medattn prepare --source=NAME`
 DRAWN = ("synthetic_fundus",)  # made on first use
@@ -20,8 +19,7 @@ def find(name: str) -> pathlib.Path:
   """
   folder = pathlib.Path(name)
   if not folder.is_dir():
-    close = difflib.get_close_matches(name, NAMES, 1, 0.5)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = nearest(name, NAMES)
     raise UserError(f"data set {name!r} is neither known ({', '.join(NAMES)}) nor a folder{hint}")
   found = [path.parent for pattern in ("", "*/", "*/*/", "*/*/*/")
            for path in sorted(folder.glob(f"{pattern}index.json"))]
