@@ -11,12 +11,13 @@ import ml_collections
 
 
 def phase(
-    steps: int, learning_rate: float, warmup_steps: int, ema: float
+    steps: int, learning_rate: float, warmup_steps: int, ema: float, earlier_rate: float = 1.0
 ) -> ml_collections.ConfigDict:
   page = ml_collections.ConfigDict()
   page.steps = steps
   page.optimizer = "adamw"
   page.learning_rate = learning_rate
+  page.earlier_rate = earlier_rate
   page.momentum = 0.9
   page.weight_decay = 1e-2
   page.schedule = "cosine"
@@ -36,15 +37,16 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "zoom_in_net"
-  config.model.backbone = "resnet_small"
+  config.model.backbone = "resnet_local"
   config.model.neck_features = 128
   config.model.attention_features = 64
+  config.model.attention_kernel = 1
   config.model.crop_backbone = "resnet_small"
   config.model.crop_init = "m_net"
   config.model.num_classes = 5
   config.model.num_regions = 4
-  config.model.crop_size = 96
-  config.model.mask_size = 50
+  config.model.crop_size = 112
+  config.model.mask_size = 76
   config.model.mask_scope = "all"
   config.model.coords = "resize"
   config.model.mean = (0.5, 0.5, 0.5)
@@ -80,11 +82,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.class_weights = ()
   config.loss.auxiliary = 0.3
   config.loss.focal_gamma = 2.0
+  config.loss.ordinal = 1.0
 
   config.phases = ml_collections.ConfigDict()
   config.phases.m = phase(320, 3e-3, 30, 0.99)
-  config.phases.a = phase(140, 3e-3, 20, 0.0)
-  config.phases.c = phase(280, 2e-3, 20, 0.99)
+  config.phases.a = phase(160, 3e-3, 20, 0.0)
+  config.phases.c = phase(220, 3e-3, 20, 0.99, earlier_rate=0.1)
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 100

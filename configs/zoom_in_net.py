@@ -20,6 +20,7 @@ def phase(steps: int) -> ml_collections.ConfigDict:
   page.steps = steps
   page.optimizer = "sgd"
   page.learning_rate = 1e-5
+  page.earlier_rate = 1.0
   page.momentum = 0.9
   page.weight_decay = 0.0
   page.schedule = "step"
@@ -42,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.backbone = "inception_resnet_v2"
   config.model.neck_features = 1024
   config.model.attention_features = 1024
+  config.model.attention_kernel = 3
   config.model.crop_backbone = "inception_v3"
   config.model.crop_init = "random"
   config.model.num_classes = 5
@@ -83,6 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.class_weights = ()
   config.loss.auxiliary = 0.3
   config.loss.focal_gamma = 2.0
+  config.loss.ordinal = 0.0
 
   config.phases = ml_collections.ConfigDict()
   config.phases.m = phase(60_000)

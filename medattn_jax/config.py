@@ -64,6 +64,7 @@ SWITCH = Rule(lambda v: isinstance(v, bool), "True or False")
 PHASE = {
     "steps": whole(0),
     "learning_rate": number(0),
+    "earlier_rate": number(0, 1),
     "optimizer": one_of("sgd", "adamw"),
     "momentum": number(0, 1),
     "weight_decay": number(0),
@@ -86,6 +87,7 @@ SCHEMA = {
         "num_classes": Rule(lambda v: _is_int(v) and 2 <= v <= 100, "a whole number from 2 to 100"),
         "neck_features": whole(1, 65536),
         "attention_features": whole(1, 65536),
+        "attention_kernel": Rule(lambda v: _is_int(v) and v in (1, 3, 5), "1, 3 or 5"),
         "crop_init": one_of("random", "m_net"),
         "crop_size": whole(8),
         "num_regions": whole(1, 100),
@@ -124,6 +126,7 @@ SCHEMA = {
         "class_weights": numbers(),
         "auxiliary": number(0),
         "focal_gamma": number(0),
+        "ordinal": number(0),
     },
     "checkpoint": {"every": whole(1), "keep": whole(2)},
     "evaluation": {"every": whole(1), "batch_size": whole(1, 65536), "bootstrap": whole(0, 10**6)},

@@ -34,12 +34,14 @@ class Experiment:
     self.config, self.phase, self.page = config, phase, config.phases[phase]
     self.mesh = sharding.mesh(devices)
     self.model = models.build(config)
-    self.trained = models.PHASES[config.model.name][phase]
+    table = models.PHASES[config.model.name]
+    self.trained = table[phase]
     order = phases(config)
     before = order[: order.index(phase)]
     self.begins = sum(config.phases[name].steps for name in before)
     self.ends = self.begins + self.page.steps
-    self.optimizer = optim.build(self.page)
+    earlier = {b for name in before if config.phases[name].steps for b in table[name]}
+    self.optimizer = optim.build(self.page, earlier)
     self.learning_rate = optim.schedule(self.page)
     apply = functools.partial(self.model.apply, phase=phase)
     self.train_step = make_train_step(

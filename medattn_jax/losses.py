@@ -17,6 +17,7 @@ def graded(
     name: str = "cross_entropy",
     class_weights: tuple[float, ...] = (),
     focal_gamma: float = 2.0,
+  ordinal: float = 0.0,
 ) -> Pair:
   """(sum of weighted losses, sum of weights), float32; their ratio is the mean loss.
 
@@ -29,6 +30,7 @@ def graded(
     name: "cross_entropy"; "focal" (1-p)^gamma of it; "mse" on the expected grade.
     class_weights: one weight a level, or () for none.
     focal_gamma: the focal loss's exponent.
+    ordinal: weight of the "mse" added to another loss: answers far off cost more, as in kappa.
   """
   logits = logits.astype(jnp.float32)
   weight = mask.astype(jnp.float32)
@@ -42,8 +44,10 @@ def graded(
     # The base is kept off zero: its power's gradient is infinite there for a gamma below one.
     loss = -own * jnp.maximum(-jnp.expm1(own), 1e-6) ** focal_gamma
   elif name == "mse":
-    grades = jnp.arange(logits.shape[-1], dtype=jnp.float32)
-    loss = (jnp.exp(log_p) @ grades - level) ** 2
+    loss, ordinal = 0.0, 1.0
   else:
     raise ValueError(f"loss {name!r}: accepted: cross_entropy, focal, mse")
+  if ordinal:
+    grades = jnp.arange(logits.shape[-1], dtype=jnp.float32)
+    loss = loss + ordinal * (jnp.exp(log_p) @ grades - level) ** 2
   return jnp.sum(loss * weight), jnp.sum(weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import jax
 import ml_collections
 import optax
@@ -23,8 +25,15 @@ def schedule(phase: ml_collections.ConfigDict) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
-def build(phase: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """SGD with momentum (the paper's) or AdamW; weight decay spares biases and norms."""
+def build(
+    phase: ml_collections.ConfigDict, earlier: Collection[str] = ()
+) -> optax.GradientTransformation:
+  """SGD with momentum (the paper's) or AdamW; weight decay spares biases and norms.
+
+  Args:
+    earlier: the branches (top-level names of the params) that a phase before this one trained:
+      their updates are scaled by `phase.earlier_rate`.
+  """
   chain = [optax.clip_by_global_norm(phase.clip_norm)] if phase.clip_norm else []
   rate = schedule(phase)
 
@@ -37,4 +46,14 @@ def build(phase: ml_collections.ConfigDict) -> optax.GradientTransformation:
     if phase.weight_decay:
       chain += [optax.add_decayed_weights(phase.weight_decay, mask=kernels)]
     chain += [optax.sgd(rate, momentum=phase.momentum or None)]
+  if earlier and phase.earlier_rate != 1:
+    chain += [_scale_branches(earlier, phase.earlier_rate)]
   return optax.chain(*chain)
+
+
+def _scale_branches(names: Collection[str], factor: float) -> optax.GradientTransformation:
+  def scale(updates, params=None):
+    slower = lambda tree: jax.tree.map(lambda u: u * factor, tree)
+    return {name: slower(tree) if name in names else tree for name, tree in updates.items()}
+
+  return optax.stateless(scale)

@@ -70,7 +70,7 @@ def make_train_step(
     step(state, batch): batch holds image uint8 [A, B, E, H, W, C], level int32 and mask float32
     [A, B, E] (A microbatches accumulated into one update, B patients, E eyes), split along B.
   """
-  grading = {k: loss[k] for k in ("name", "class_weights", "focal_gamma")}
+  grading = {k: loss[k] for k in ("name", "class_weights", "focal_gamma", "ordinal")}
   weights = dict(zip(answers, [1.0] + [loss["auxiliary"]] * (len(answers) - 1), strict=True))
   devices = mesh.size
 

@@ -90,7 +90,7 @@ def test_a_new_phase_begins_from_the_averaged_params():
   assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), second.abstract_state)
 
 
-def test_c_net_begins_with_m_nets_backbone_where_the_page_says_so():
+def test_c_net_begins_with_m_nets_layers_where_the_page_says_so():
   page = smoke(("model.crop_init", "m_net"))
   now = experiment.build(page, phase="c", devices=jax.devices()[:1])
   before = now.initial()
@@ -99,9 +99,16 @@ def test_c_net_begins_with_m_nets_backbone_where_the_page_says_so():
     same = jax.tree.map(np.array_equal, tree["c_net"]["backbone"], tree["m_net"]["backbone"])
     assert jax.tree.all(same)
   now.train_step(now.enter(before), now.put_train([batch(page)]))  # no buffer twice
-  with pytest.raises(UserError, match=r"model\.backbone differ"):
-    other = experiment.build(smoke(("model.crop_backbone", "resnet_tiny")), phase="c")
+  with pytest.raises(UserError, match="no layer in common"):
+    other = experiment.build(
+        smoke(("model.crop_init", "m_net"), ("model.crop_backbone", "inception_v3")), phase="c")
     other.enter(other.initial())
+  local = experiment.build(
+      smoke(("model.crop_init", "m_net"), ("model.backbone", "resnet_local")), phase="c")
+  params = local.enter(local.initial()).params
+  own, given = params["c_net"]["backbone"], params["m_net"]["backbone"]
+  assert set(own) - set(given) == {"stage2_0_1", "stage2_0_2"}
+  assert jax.tree.all(jax.tree.map(np.array_equal, {k: own[k] for k in given}, given))
 
 
 def test_answers_do_not_depend_on_the_device_count():

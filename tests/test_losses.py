@@ -49,6 +49,15 @@ def test_mse_is_of_the_expected_grade():
   assert total == pytest.approx((0.5 - 2) ** 2, rel=1e-4)
 
 
+def test_ordinal_adds_the_squared_error_to_another_loss():
+  entropy, squares, both = (
+      losses.graded(LOGITS, LEVEL, MASK, **options)[0]
+      for options in ({}, {"name": "mse"}, {"ordinal": 0.5})
+  )
+  assert both == pytest.approx(entropy + 0.5 * squares)
+  assert losses.graded(LOGITS, LEVEL, MASK, name="mse", ordinal=3.0)[0] == pytest.approx(squares)
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "mse"])
 def test_parts_add_up_to_the_whole(name):
   whole = losses.graded(LOGITS, LEVEL, MASK, name=name)

@@ -53,3 +53,11 @@ def test_clipping_bounds_the_norm():
   built = optim.build(page(clip_norm=1.0, momentum=0.0, learning_rate=1.0))
   updates, _ = built.update({"w": jnp.array([30.0, 40.0])}, built.init({"w": jnp.ones(2)}))
   np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-5)
+
+
+def test_branches_of_an_earlier_phase_move_less():
+  params = {"m_net": {"w": jnp.ones(2)}, "c_net": {"w": jnp.ones(2)}}
+  optimizer = optim.build(page(optimizer="adamw", earlier_rate=0.1), earlier=("m_net", "a_net"))
+  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  np.testing.assert_allclose(updates["m_net"]["w"], 0.1 * updates["c_net"]["w"], rtol=1e-6)
+  assert (updates["c_net"]["w"] < 0).all()

@@ -12,7 +12,8 @@ import pytest
 from medattn_jax import sharding
 from medattn_jax.step import State, make_eval_step, make_train_step
 
-LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.3, "focal_gamma": 2.0}
+LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.3, "focal_gamma": 2.0,
+        "ordinal": 0.0}
 STILL = {"dihedral": False, "brightness": 0.0, "contrast": 0.0, "colour": 0.0}
 MOVING = {"dihedral": True, "brightness": 0.1, "contrast": 0.2, "colour": 0.1}
 

@@ -160,7 +160,7 @@ def test_run_again_when_done_trains_nothing(copy, data_dir):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.model.backbone=resnet_small", "model.backbone"),
+        ("--config.model.backbone=resnet_local", "model.backbone"),
         ("--config.seed=3", "seed"),
         ("--config.phases.joint.learning_rate=1", "phases.joint.learning_rate"),
         ("--config.model.name=zoom_in_net", "model.name"),

@@ -20,7 +20,7 @@ BACKBONES = {
   "inception_resnet_v2": InceptionResNetV2,
   "inception_v3": InceptionV3,
   "resnet_small": ResNetSmall,
-  "resnet_tiny": functools.partial(ResNetSmall, blocks=(0, 1, 1)),
+  "resnet_local": functools.partial(ResNetSmall, blocks=(0, 1, 0)),
 }
 
 # What M-Net asks of a backbone beyond its name: to end where the paper splits it.
@@ -69,7 +69,8 @@ def build(config: Any) -> nn.Module:
     return MNet(**options)
   return ZoomInNet(
     crop_backbone=_named("model.crop_backbone", model.crop_backbone, BACKBONES),
-    attention_features=model.attention_features, crop_size=model.crop_size,
+    attention_features=model.attention_features, attention_kernel=model.attention_kernel,
+    crop_size=model.crop_size,
     num_regions=model.num_regions, mask_size=model.mask_size, mask_scope=model.mask_scope,
     coords=model.coords, **options)
 

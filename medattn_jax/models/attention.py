@@ -22,12 +22,14 @@ class AttentionNet(nn.Module):
   have a gradient from the first step.
 
   Attributes:
-    features: channels of part II.
+    features, kernel: channels and kernel size of part II's hidden convolutions. The paper's 3×3
+      suits cells that see far; where cells are few and local, 1×1 keeps the maps sharp.
     group_size, momentum: of the normalisation.
   """
 
   num_classes: int
   features: int = 1024
+  kernel: int = 3
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -40,8 +42,8 @@ class AttentionNet(nn.Module):
              name="score")(m).astype(jnp.float32)
     x = m
     for i in range(2):
-      x = ConvBN(self.features, (3, 3), group_size=self.group_size, momentum=self.momentum,
-                 dtype=self.dtype, name=f"conv{i}")(x, train)
+      x = ConvBN(self.features, (self.kernel, self.kernel), group_size=self.group_size,
+                 momentum=self.momentum, dtype=self.dtype, name=f"conv{i}")(x, train)
     a = Conv(self.num_classes, dtype=self.dtype, kernel_init=small, name="attention")(x)
     a = jax.nn.softmax(a.astype(jnp.float32), axis=(1, 2))
     g = s * a

@@ -129,6 +129,7 @@ class ZoomInNet(nn.Module):
     backbone, crop_backbone: constructors taking (group_size, momentum, dtype, name); the
       module answers (logits, {"features" [B, h, w, c], "pooled" [B, d]}).
     image_size: side of the small view that M-Net sees.
+    attention_features, attention_kernel: see `AttentionNet`.
     crop_size: side of a crop, in pixels of the full image.
     num_regions, mask_size, mask_scope, coords: see `crops.select_regions`.
     group_size: images normalised together (C-Net: all their crops); None, the whole batch.
@@ -143,6 +144,7 @@ class ZoomInNet(nn.Module):
   num_classes: int = 5
   neck_features: int = 1024
   attention_features: int = 1024
+  attention_kernel: int = 3
   image_size: int = 492
   crop_size: int = 384
   num_regions: int = 4
@@ -160,7 +162,8 @@ class ZoomInNet(nn.Module):
   def setup(self):
     norm = (self.group_size, self.norm_momentum, self.dtype)
     self.m_net = MainNet(self.backbone, self.num_classes, self.neck_features, *norm)
-    self.a_net = AttentionNet(self.num_classes, self.attention_features, *norm)
+    self.a_net = AttentionNet(
+      self.num_classes, self.attention_features, self.attention_kernel, *norm)
     self.c_net = CropNet(self.crop_backbone, self.num_classes, *norm)
 
   def __call__(
@@ -213,27 +216,30 @@ class ZoomInNet(nn.Module):
 
 
 def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
-  """What the phases before leave to `phase`: C-Net may begin with M-Net's backbone. [choice]
+  """What the phases before leave to `phase`: C-Net may begin with M-Net's layers. [choice]
 
   The paper begins both from ImageNet; where there are no such weights, M-Net's are the nearest.
 
   Args:
     variables: {"params", "batch_stats"}; not changed.
-    crop_init: "m_net", or "random" to leave all as it is.
+    crop_init: "m_net": of the two backbones' layers those of equal name and shapes; or "random"
+      to leave all as it is.
 
   Raises:
-    UserError: the two backbones differ.
+    UserError: the two backbones have no such layer.
   """
   if phase != "c" or crop_init == "random":
     return variables
   handed = {}
   for kind, branches in variables.items():
     own, given = branches["c_net"]["backbone"], branches["m_net"]["backbone"]
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (own, given)]
-    if shapes[0] != shapes[1]:
-      raise UserError('model.crop_init = m_net: model.crop_backbone and model.backbone differ; '
-                      'accepted: "random", or the same backbone')
-    own = jax.tree.map(jnp.copy, given)  # buffers of its own: a step is given them to overwrite
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    alike = [name for name in own if name in given and shapes(own[name]) == shapes(given[name])]
+    if not alike:
+      raise UserError("model.crop_init = m_net: model.crop_backbone and model.backbone have no "
+                      'layer in common; accepted: "random", or backbones of one kind')
+    # Buffers of its own: a step is given them to overwrite.
+    own = {**own, **{name: jax.tree.map(jnp.copy, given[name]) for name in alike}}
     handed[kind] = {**branches, "c_net": {**branches["c_net"], "backbone": own}}
   return handed
 

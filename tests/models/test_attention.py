@@ -33,3 +33,15 @@ def test_every_parameter_learns_from_the_first_step():
 
   for path, leaf in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables["params"])):
     assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_a_kernel_of_one_keeps_each_cell_to_itself():
+  net = AttentionNet(5, features=8, kernel=1)
+  m = np.random.default_rng(0).normal(size=(1, 4, 4, 7)).astype(np.float32)
+  variables = net.init(jax.random.key(0), m)
+  moved = m.copy()
+  moved[0, 0, 0] += 1
+  before, after = (net.apply(variables, x)[1]["A"] for x in (m, moved))
+  ratio = np.asarray(after / before)[0].reshape(16, 5)  # the softmax moves all others alike
+  np.testing.assert_allclose(ratio[2:], np.broadcast_to(ratio[1], (14, 5)), rtol=1e-5)
+  assert (np.abs(ratio[0] / ratio[1] - 1) > 1e-6).any()

@@ -10,7 +10,7 @@ from medattn_jax.errors import UserError
 
 @pytest.mark.parametrize("name, size, pooled", [
   ("inception_resnet_v2", 299, 1536), ("inception_v3", 299, 2048), ("resnet_small", 160, 128),
-  ("resnet_tiny", 125, 128)])
+  ("resnet_local", 125, 128)])
 def test_backbones_answer_alike(name, size, pooled):
   net = models.backbone(name, num_classes=7)
   x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)

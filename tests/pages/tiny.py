@@ -10,6 +10,7 @@ def phase(
   page.steps = steps
   page.optimizer = "adamw"
   page.learning_rate = learning_rate
+  page.earlier_rate = 1.0
   page.momentum = 0.9
   page.weight_decay = 1e-2
   page.schedule = "cosine"
@@ -29,10 +30,11 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "m_net"
-  config.model.backbone = "resnet_tiny"
+  config.model.backbone = "resnet_small"
   config.model.neck_features = 16
   config.model.attention_features = 32
-  config.model.crop_backbone = "resnet_tiny"
+  config.model.attention_kernel = 3
+  config.model.crop_backbone = "resnet_small"
   config.model.crop_init = "random"
   config.model.num_classes = 5
   config.model.num_regions = 4
@@ -73,6 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.class_weights = ()
   config.loss.auxiliary = 0.3
   config.loss.focal_gamma = 2.0
+  config.loss.ordinal = 0.0
 
   config.phases = ml_collections.ConfigDict()
   config.phases.joint = phase(12, 1e-3, 2, 0.9)

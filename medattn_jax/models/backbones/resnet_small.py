@@ -30,8 +30,8 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
 class ResNetSmall(nn.Module):
   """Stages of 3×3 residual blocks at strides 4, 8, 16: 160² gives 10² features.
 
-  With the default blocks a feature sees about 64² pixels. That is meant: features that see the
-  whole image say no longer *where*, and attention on them finds nothing.
+  Without blocks in the last stage ("resnet_local") a feature sees 48² pixels, not 112². Attention
+  needs that: features that see the whole image say no longer *where*.
 
   Attributes:
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
@@ -41,7 +41,7 @@ class ResNetSmall(nn.Module):
 
   num_classes: int | None = None
   widths: tuple[int, ...] = (32, 64, 128)
-  blocks: tuple[int, ...] = (1, 1, 0)
+  blocks: tuple[int, ...] = (0, 1, 1)
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
