@@ -1,7 +1,7 @@
 # make setup   builds .venv from pyproject.toml and constraints.txt, if it is not up to date
 # make demo    trains Zoom-in-Net on drawn eyes, from nothing to figures
 # make test    the tests that take seconds: what a change must pass
-# make proof   everything: the long tests too
+# make proof   everything: the long tests, and over three seeds that zooming pays
 # make lint    ruff's findings
 # make clean   removes .venv and caches; leaves runs/ and data/ alone
 #
@@ -47,6 +47,7 @@ test: $(STAMP)
 
 proof: $(STAMP)
 	$(RUN) -m pytest -n 2
+	$(RUN) -m benchmarks.zooming
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
