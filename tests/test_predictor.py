@@ -194,6 +194,9 @@ def test_thresholds_come_from_where_they_were_tuned(untrained, tmp_path):
     assert found.tolist() == start and source == trained.ROUNDING
   (tmp_path / "evaluation").mkdir()
   path = tmp_path / "evaluation" / "metrics.json"
+  path.write_text(
+    json.dumps({"step": 3, "thresholds": start, "thresholds_from": trained.ROUNDING}))
+  assert trained._thresholds({}, place, 3, 5)[1] == trained.ROUNDING
   path.write_text(json.dumps({"step": 3, "thresholds": tuned}))
   assert trained._thresholds({"thresholds": None}, place, 3, 5)[0].tolist() == tuned
   assert trained._thresholds({"thresholds": None}, place, 4, 5)[0].tolist() == start
