@@ -36,8 +36,11 @@ def any_process(flag: bool) -> bool:
 
 
 def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A one-axis mesh over `devices`, all of them by default."""
+  """A one-axis mesh over `devices`, all of them by default. Raises UserError for none."""
   devices = jax.devices() if devices is None else devices
+  found = list(devices) if isinstance(devices, Iterable) else []
+  if not found or not all(hasattr(device, "platform") for device in found):
+    raise UserError(f"devices = {devices!r}; accepted: at least one of jax.devices(), None for all")
   # Explicit axis types break linen's modules: say Auto aloud.
   return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 

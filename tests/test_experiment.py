@@ -99,9 +99,6 @@ def test_c_net_begins_with_m_nets_backbone_where_the_page_says_so():
     same = jax.tree.map(np.array_equal, tree["c_net"]["backbone"], tree["m_net"]["backbone"])
     assert jax.tree.all(same)
   now.train_step(now.enter(before), now.put_train([batch(page)]))  # no buffer twice
-  with pytest.raises(UserError, match=r"model\.backbone differ"):
-    other = experiment.build(smoke(("model.crop_backbone", "resnet_tiny")), phase="c")
-    other.enter(other.initial())
 
 
 def test_answers_do_not_depend_on_the_device_count():
@@ -133,8 +130,17 @@ def test_phases_follow_the_model_and_divide_the_steps():
         (("model.name", "m_net"), "accepted for model.name = m_net: joint"),
         (("data.batch_size", "12"), "a multiple of 8"),
         (("norm.group_size", "3"), "norm.group_size"),
+        (("model.crop_backbone", "resnet_tiny"), "crop_init = m_net"),
+        (("model.backbone", "inception_v3"), r"data.image_size = 64.*at least 75"),
+        (("model.crop_backbone", "inception_v3"), r"model.crop_size = 40.*at least 75"),
     ],
 )
 def test_what_cannot_be_assembled_is_named(override, words):
   with pytest.raises(UserError, match=words):
     experiment.check(smoke(override), devices=8)
+
+
+def test_a_batch_beyond_the_memory_is_refused_in_words():
+  huge = smoke(("data.batch_size", "65536"), ("data.full_size", "8000"))
+  with pytest.raises(UserError, match=r"data\.batch_size = 65536.*take \d+ GiB, this host has"):
+    experiment.check(huge, devices=8)

@@ -26,6 +26,9 @@ BACKBONES = {
 # What M-Net asks of a backbone beyond its name: to end where the paper splits it.
 TRUNKS = {"inception_resnet_v2": {"final_conv": False}}
 
+# The smallest picture, in pixels a side, of which a backbone leaves features; of the others 1.
+SMALLEST = {"inception_resnet_v2": 75, "inception_v3": 75}
+
 # Phases in order, and the branches trained in each.
 PHASES = {
   "zoom_in_net": {"m": ("m_net",), "a": ("a_net",), "c": ("m_net", "a_net", "c_net")},

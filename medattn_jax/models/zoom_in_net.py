@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Float, UInt8
 
 from medattn_jax import contrast, crops
-from medattn_jax.errors import UserError
 from medattn_jax.models.attention import AttentionNet
 from medattn_jax.models.norm import Array, ConvBN
 
@@ -219,21 +218,14 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
 
   Args:
     variables: {"params", "batch_stats"}; not changed.
-    crop_init: "m_net", or "random" to leave all as it is.
-
-  Raises:
-    UserError: the two backbones differ.
+    crop_init: "m_net" (both have the same backbone), or "random" to leave all as it is.
   """
   if phase != "c" or crop_init == "random":
     return variables
   handed = {}
   for kind, branches in variables.items():
-    own, given = branches["c_net"]["backbone"], branches["m_net"]["backbone"]
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (own, given)]
-    if shapes[0] != shapes[1]:
-      raise UserError('model.crop_init = m_net: model.crop_backbone and model.backbone differ; '
-                      'accepted: "random", or the same backbone')
-    own = jax.tree.map(jnp.copy, given)  # buffers of its own: a step is given them to overwrite
+    # Buffers of its own: a step is given them to overwrite.
+    own = jax.tree.map(jnp.copy, branches["m_net"]["backbone"])
     handed[kind] = {**branches, "c_net": {**branches["c_net"], "backbone": own}}
   return handed
 
