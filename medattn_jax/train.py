@@ -117,6 +117,7 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
       work.checkpoints.wait()
       work.signals.check()
   work.signals.waits = False
+  work.signals.check()  # one that came while the last step was saved
   return state
 
 
@@ -180,6 +181,8 @@ def resume(work: Run) -> tuple[Experiment, State]:
   if due and not meta["validated"]:  # it was stopped while validating
     work.log.begin(now, step)
     save(work, now, state, step, validates=True, replace=True)
+    work.signals.waits = False
+    work.signals.check()
   return now, state
 
 

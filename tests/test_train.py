@@ -18,6 +18,7 @@ from medattn_jax import config
 from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.errors import UserError
+from medattn_jax.signals import Signals, Stopped
 from medattn_jax.workdir import Workdir
 
 PAGE = str(pathlib.Path(__file__).parent / "pages" / "tiny.py")
@@ -136,6 +137,28 @@ def test_stopped_by_a_signal_it_saves_where_it_is(finished, tmp_path, data_dir, 
   again, _, err = train(workdir, data_dir)
   assert again == 0 and f"resuming at step {steps[-1]}" in err, err
   assert_same_run(workdir, finished)
+
+
+def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(monkeypatch):
+  work = types.SimpleNamespace(
+      config=config.load_page(PAGE), signals=Signals(), checkpoints=None,
+      log=types.SimpleNamespace(begin=lambda *_: None, step=lambda *_, **__: None),
+  )  # fmt: skip
+  now = types.SimpleNamespace(phase="joint", begins=0, ends=2, put_train=lambda batch: batch)
+  saved = []
+
+  def save(work, now, state, step, validates):
+    saved.append(step)
+    assert work.signals.waits  # or it would be lost half-way
+    work.signals._caught(signal.SIGTERM, None)
+
+  monkeypatch.setattr(loop, "host_batches", lambda *_: iter([1, 2, 3]))
+  step = lambda state, update: (state, {})
+  monkeypatch.setattr(loop, "compile_while_loading", lambda now, updates: (step, next(updates)))
+  monkeypatch.setattr(loop, "save", save)
+  with pytest.raises(Stopped):
+    loop.run_phase(work, now, types.SimpleNamespace(step=0))
+  assert saved == [2]
 
 
 def test_a_damaged_newest_checkpoint_is_noticed_and_passed_over(finished, copy, data_dir):
