@@ -69,9 +69,9 @@ def open_workdir(
   place = Workdir(workdir)
   config = pages.from_dict(place.read_config(), source=str(place.config))
   experiment.check(config)
+  sharding.devices()  # before anything else asks JAX for them
   checkpoints = Checkpoints(place.checkpoints)
   number = checkpoints.resolve(step)
-  sharding.devices()
   tree, meta = checkpoints.load(number)
   where = place.checkpoints / str(number)
   _agree(config, meta, where)
