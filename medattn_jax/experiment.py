@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -180,6 +181,20 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
           f"{nearest(config.model[key], list(models.BACKBONES))}; "
           f"accepted: {', '.join(models.BACKBONES)}"
       )
+  for key, size in (("backbone", "data.image_size"), ("crop_backbone", "model.crop_size")):
+    least = models.SMALLEST.get(config.model[key], 1)
+    group, _, member = size.partition(".")
+    if config[group][member] < least:
+      raise UserError(
+          f"{size} = {config[group][member]}: too small for model.{key} = {config.model[key]}; "
+          f"accepted: at least {least}"
+      )
+  trunk, crop = config.model.backbone, config.model.crop_backbone
+  if config.model.crop_init == "m_net" and not models.of_one_kind(trunk, crop):
+    raise UserError(
+        f"model.crop_init = m_net: model.backbone = {trunk} and model.crop_backbone = {crop} have "
+        "no layers in common; accepted: random, or backbones of one kind"
+    )
   if set(config.phases) != set(known[name]):
     raise UserError(
         f"phases has {', '.join(config.phases)}; accepted for model.name = {name}: "
@@ -198,6 +213,16 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
         f"norm.group_size = {group} does not divide a device's {2 * batch // devices} images "
         f"(data.batch_size = {batch} patients over {devices} devices); accepted: a divisor of it"
     )
+  # Two updates are uploaded ahead; whoever asks for more than there is would be killed wordlessly.
+  small = 6 * config.data.full_size**2 * batch // jax.process_count()
+  for phase in phases(config):
+    update = small * config.phases[phase].accumulation
+    if update > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+      raise UserError(
+          f"data.batch_size = {batch}, data.full_size = {config.data.full_size} and phases.{phase}."
+          f"accumulation = {config.phases[phase].accumulation}: the photographs of one update take "
+          f"{update >> 30} GiB, this host has {memory >> 30}; accepted: smaller ones"
+      )
 
 
 def build(

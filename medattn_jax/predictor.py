@@ -9,7 +9,6 @@ import dataclasses
 import io
 import os
 import pathlib
-import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from medattn_jax import console, experiment, files, metrics, trained
-from medattn_jax.data import preprocess
+from medattn_jax.data import preprocess, schema
 from medattn_jax.data.preprocess import SUFFIXES
 from medattn_jax.errors import UserError
 
-_SIDE = re.compile(r"(?P<patient>.+)_(?P<eye>left|right)", re.IGNORECASE)
 _ACCEPTED = ("a uint8 array [N, H, W, 3] with N > 0, a sequence of uint8 arrays [H, W, 3], or "
              "paths of image files and folders")
 
@@ -72,9 +70,9 @@ class Model:
     An array that is [full_size, full_size, 3] already is taken as it is; any other, and every
     file, is prepared as the training data were: black border cropped, padded to a square, resized.
 
-    The network sees both eyes of a patient. Files of one folder named NN_left and NN_right are a
-    pair; any other photograph, and every array, is its own fellow, as in training where an eye is
-    missing.
+    The network sees both eyes of a patient. Files of one folder named NN_left and NN_right (or with
+    a hyphen or a blank) are a pair; any other photograph, and every array, is its own fellow, as in
+    training where an eye is missing.
 
     Args:
       images: uint8 [N, H, W, 3] or a sequence of uint8 [H, W, 3]; or one path or a sequence of
@@ -316,10 +314,10 @@ def _pairs(paths: Sequence[str]) -> list[tuple[int, int]]:
   """Patients as pairs of file numbers (left, right), or (own, own) without a fellow."""
   sides: dict[tuple[str, str], dict[str, list[int]]] = {}
   for index, path in enumerate(paths):
-    match = _SIDE.fullmatch(pathlib.Path(path).stem)
-    if match:
-      key = (os.path.abspath(os.path.dirname(path)), match["patient"])
-      sides.setdefault(key, {"left": [], "right": []})[match["eye"].lower()].append(index)
+    if sided := schema.side_of(pathlib.Path(path).stem):
+      patient, eye = sided
+      key = (os.path.abspath(os.path.dirname(path)), patient)
+      sides.setdefault(key, {"left": [], "right": []})[eye].append(index)
   fellow = {}
   for eyes in sides.values():
     for left, right in zip(eyes["left"], eyes["right"], strict=False):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +23,7 @@ AXIS = "data"
 
 def devices() -> list[jax.Device]:
   """All devices of the run. Raises UserError where the platform asked for is not there."""
+  check_flags()
   try:
     return jax.devices()
   except (RuntimeError, AssertionError) as error:  # the latter where a plug-in is not installed
@@ -30,14 +34,37 @@ def devices() -> list[jax.Device]:
     ) from error
 
 
+def check_flags() -> None:
+  """Raises UserError for XLA_FLAGS that XLA would end the process for, without a Python error.
+
+  A process of its own asks, which takes a third of a second where the variable is set.
+  """
+  if not (flags := os.environ.get("XLA_FLAGS", "").strip()):
+    return
+  ask = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"
+  environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+  asked = subprocess.run(
+      [sys.executable, "-c", f"{ask}.debug_options"], capture_output=True, env=environment
+  )
+  told = asked.stderr.decode(errors="replace")
+  if asked.returncode and "Traceback" not in told:
+    why = told.partition("\n")[0].partition("] ")[2]
+    raise UserError(
+        f"XLA_FLAGS={flags}: {why}; accepted: flags of this jaxlib, or the variable not set"
+    )
+
+
 def any_process(flag: bool) -> bool:
   """Whether `flag` is set in any process; all of them must ask."""
   return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A one-axis mesh over `devices`, all of them by default."""
+  """A one-axis mesh over `devices`, all of them by default. Raises UserError for none."""
   devices = jax.devices() if devices is None else devices
+  found = list(devices) if isinstance(devices, Iterable) else []
+  if not found or not all(hasattr(device, "platform") for device in found):
+    raise UserError(f"devices = {devices!r}; accepted: at least one of jax.devices(), None for all")
   # Explicit axis types break linen's modules: say Auto aloud.
   return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 

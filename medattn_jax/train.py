@@ -60,29 +60,32 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     if jax.process_index() == 0:  # for all processes of the run
       stack.enter_context(directory.lock())
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
-    adopt(directory, config, checkpoints)
+    refuse_strangers(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
     data = config.data
     dataset = pipeline.open_dataset(
         data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
     )
-    check_levels(dataset, config.model.num_classes)
+    graded = check_splits(dataset, config.model.num_classes)
     log = stack.enter_context(Log(directory.path, config))
     work = Run(config, dataset, checkpoints, log, signals)
     try:
-      train(work)
+      begun = resume(work)
+      if jax.process_index() == 0:  # not before all that may refuse a run
+        directory.write_config(pages.to_dict(config))
+      train(work, *begun)
     except Stopped:
       checkpoints.wait()  # between two phases the last one's may be under way
       raise
     checkpoints.wait()
-    evaluate.run(path, step="best", once=True)
+    if graded:
+      evaluate.run(path, step="best", once=True)
     if log.lines and log.rates:
       print(log.rates_in_words())
 
 
-def train(work: Run) -> State:
-  """Runs what is left of the phases, from the newest intact checkpoint on."""
-  now, state = resume(work)
+def train(work: Run, now: Experiment, state: State) -> State:
+  """Runs what is left of the phases from `state` on."""
   order = experiment.phases(work.config)
   for phase in order[order.index(now.phase) :]:
     if phase != now.phase:
@@ -114,6 +117,7 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
       work.checkpoints.wait()
       work.signals.check()
   work.signals.waits = False
+  work.signals.check()  # one that came while the last step was saved
   return state
 
 
@@ -177,29 +181,45 @@ def resume(work: Run) -> tuple[Experiment, State]:
   if due and not meta["validated"]:  # it was stopped while validating
     work.log.begin(now, step)
     save(work, now, state, step, validates=True, replace=True)
+    work.signals.waits = False
+    work.signals.check()
   return now, state
 
 
-def check_levels(dataset: pipeline.DataSet, num_classes: int) -> None:
-  """Raises UserError where the data set has levels that the model cannot answer."""
+def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
+  """Whether there is a split to evaluate at the end; said where there is none.
+
+  Raises UserError where there is none to train on, or levels that the model cannot answer.
+  """
+  if "train" not in dataset.splits:
+    raise UserError(
+        f"data set {dataset.name} in {dataset.folder} has no split train, only "
+        f"{', '.join(dataset.splits)}; accepted: a set to train on"
+    )
   for split in dataset.splits:
     if (highest := int(dataset.levels(split).max(initial=-1))) >= num_classes:
       raise UserError(
           f"model.num_classes = {num_classes}: data set {dataset.name}, split {split}, has level "
           f"{highest}; accepted: at least {highest + 1}"
       )
+  graded = not {"test", "validation"}.isdisjoint(dataset.splits)
+  if not graded:
+    console.warn(
+        f"data set {dataset.name} has neither a test nor a validation split: nothing is evaluated"
+    )
+  return graded
 
 
-def adopt(directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> None:
-  """Makes `config` the workdir's, unless work is there that another config began."""
+def refuse_strangers(
+    directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Checkpoints
+) -> None:
+  """Raises UserError where work is in the workdir that another config began."""
   asked = pages.to_dict(config)
   if checkpoints.any():
     done = checkpoints.newest_meta()
     held = done["config"] if done else directory.read_config()
     pages.from_dict(held, source=f"{directory.path}, config of the run that is there")
     refuse_other_run(directory.path, asked, held, done["step"] if done else 0)
-  if jax.process_index() == 0:
-    directory.write_config(asked)
 
 
 def refuse_other_run(path: pathlib.Path, asked: dict, held: dict, step: int) -> None:
@@ -298,15 +318,10 @@ class Log:
     self.config, self.folder = config, path / "tensorboard"
     self.lines = MetricsLog(path / "metrics.jsonl") if jax.process_index() == 0 else None
     self.live = console.Live()
-    self.late = None
+    self.late = self.events = None
     self.rates: dict[str, list[float]] = {}  # images a second, of each phase that ran
 
   def __enter__(self) -> Log:
-    if self.lines:
-      from clu import metric_writers  # imports TensorFlow
-
-      with self.plain_errors():
-        self.events = metric_writers.SummaryWriter(str(self.folder))
     return self
 
   def __exit__(self, kind: type | None, *_) -> None:
@@ -315,7 +330,8 @@ class Log:
       self.lines.close()
       # What ended the run already is told, not what follows from it.
       with contextlib.suppress(*[UserError] if kind else []), self.plain_errors():
-        self.events.close()
+        if self.events:
+          self.events.close()
 
   @contextlib.contextmanager
   def plain_errors(self) -> Iterator[None]:
@@ -331,6 +347,11 @@ class Log:
       self.lines.truncate_after(step)
 
   def begin(self, now: Experiment, step: int) -> None:
+    if self.lines and not self.events:
+      from clu import metric_writers  # imports TensorFlow
+
+      with self.plain_errors():
+        self.events = metric_writers.SummaryWriter(str(self.folder))
     self.now, self.late = now, None
     self.since, self.since_step = time.monotonic(), step
 

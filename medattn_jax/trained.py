@@ -69,9 +69,9 @@ def open_workdir(
   place = Workdir(workdir)
   config = pages.from_dict(place.read_config(), source=str(place.config))
   experiment.check(config)
+  sharding.devices()  # before anything else asks JAX for them
   checkpoints = Checkpoints(place.checkpoints)
   number = checkpoints.resolve(step)
-  sharding.devices()
   tree, meta = checkpoints.load(number)
   where = place.checkpoints / str(number)
   _agree(config, meta, where)
@@ -124,7 +124,8 @@ def _thresholds(
       evaluation = json.loads(path.read_bytes())
       found = _valid(evaluation["thresholds"], num_classes)
       if evaluation["step"] == step and found is not None:
-        return found, "the workdir's evaluation"
+        tuned = evaluation.get("thresholds_from") != ROUNDING
+        return found, "the workdir's evaluation" if tuned else ROUNDING
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
     pass  # None there, or not one that can be believed.
   return metrics.start_thresholds(num_classes), ROUNDING

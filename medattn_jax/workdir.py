@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -36,14 +36,18 @@ class Workdir:
     """Holds the workdir for a training, making the folder if it is missing.
 
     The system frees the lock when its process ends, however it ends: nothing stays to clean up.
+    Where nothing else came into a folder that was made here, it goes again: a run that is refused
+    leaves no trace.
 
     Raises:
       UserError: another training holds it, or it cannot be written to.
     """
+    lock = self.path / ".lock"
+    made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       # Opened to append: a second training must not empty the file that names the first.
-      file = open(self.path / ".lock", "a+")  # noqa: SIM115 (entered below)
+      file = open(lock, "a+")  # noqa: SIM115 (entered below)
     except OSError as error:
       why = "is a file" if isinstance(error, FileExistsError) else _reason(error)
       raise UserError(
@@ -62,12 +66,27 @@ class Workdir:
         ) from None
       except OSError as error:
         raise UserError(f"workdir {self.path}: cannot be locked: {_reason(error)}") from None
-      with self.plain_errors():
-        self._probe()
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-      yield
+      try:
+        with self.plain_errors():
+          if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise OSError(errno.EBUSY, "a training that ends is removing it; run again")
+          self._probe()
+          file.truncate(0)
+          file.write(f"{os.getpid()}\n")
+          file.flush()
+        yield
+      finally:
+        if made:
+          self._remove_if_unused(made)
+
+  def _remove_if_unused(self, made: Sequence[pathlib.Path]) -> None:
+    """Removes the folders `made` where they hold nothing but the lock and empty folders."""
+    inside = list(os.walk(self.path, topdown=False))
+    if [name for *_, names in inside for name in names] == [".lock"]:
+      with contextlib.suppress(OSError):
+        (self.path / ".lock").unlink()
+        for folder in [where for where, *_ in inside] + list(made[1:]):
+          os.rmdir(folder)
 
   def _probe(self) -> None:
     """Finds a read-only or full disk now and not after the first hour."""

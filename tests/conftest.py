@@ -29,7 +29,7 @@ def smoke_config(tmp_path_factory):
   page = pathlib.Path(__file__).resolve().parents[1] / "configs" / "smoke.py"
   return config.load_page(str(page), [
     ("data.dir", str(tmp_path_factory.mktemp("data"))), ("data.synthetic.train", "8"),
-    ("model.backbone", "resnet_small"), ("model.crop_backbone", "resnet_tiny"),
+    ("model.backbone", "resnet_small"), ("model.crop_backbone", "resnet_small"),
     ("evaluation.batch_size", "4")])
 
 

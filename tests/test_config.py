@@ -66,6 +66,9 @@ def test_overrides_take_the_type_of_the_key():
         ("loss.class_weights", "(0, 0, 0, 0, 0)", "not all zero"),
         ("loss.class_weights", "(1, 2)", "model.num_classes"),
         ("data.image_size", "4000", "data.full_size"),
+        ("model.neck_features", "65536", "at most 8192"),
+        ("model.attention_features", "65536", "at most 8192"),
+        ("phases.c.accumulation", "100000000", "at most 1024"),
         ("model.crop_size", "4000", "data.full_size"),
     ],
 )

@@ -99,10 +99,6 @@ def test_c_net_begins_with_m_nets_layers_where_the_page_says_so():
     same = jax.tree.map(np.array_equal, tree["c_net"]["backbone"], tree["m_net"]["backbone"])
     assert jax.tree.all(same)
   now.train_step(now.enter(before), now.put_train([batch(page)]))  # no buffer twice
-  with pytest.raises(UserError, match="no layer in common"):
-    other = experiment.build(
-        smoke(("model.crop_init", "m_net"), ("model.crop_backbone", "inception_v3")), phase="c")
-    other.enter(other.initial())
   local = experiment.build(
       smoke(("model.crop_init", "m_net"), ("model.backbone", "resnet_local")), phase="c")
   params = local.enter(local.initial()).params
@@ -140,8 +136,22 @@ def test_phases_follow_the_model_and_divide_the_steps():
         (("model.name", "m_net"), "accepted for model.name = m_net: joint"),
         (("data.batch_size", "12"), "a multiple of 8"),
         (("norm.group_size", "3"), "norm.group_size"),
+        (("model.backbone", "inception_v3"), r"data.image_size = 64.*at least 75"),
+        (("model.crop_backbone", "inception_v3"), r"model.crop_size = 40.*at least 75"),
     ],
 )
 def test_what_cannot_be_assembled_is_named(override, words):
   with pytest.raises(UserError, match=words):
     experiment.check(smoke(override), devices=8)
+
+
+def test_c_net_cannot_begin_with_layers_it_does_not_have():
+  unlike = smoke(("model.crop_backbone", "inception_v3"), ("model.crop_size", "96"))
+  with pytest.raises(UserError, match=r"crop_init = m_net.*no layers in common"):
+    experiment.check(unlike, devices=8)
+
+
+def test_a_batch_beyond_the_memory_is_refused_in_words():
+  huge = smoke(("data.batch_size", "65536"), ("data.full_size", "8000"))
+  with pytest.raises(UserError, match=r"data\.batch_size = 65536.*take \d+ GiB, this host has"):
+    experiment.check(huge, devices=8)

@@ -82,8 +82,10 @@ def test_files_of_a_folder_are_paired(model, photographs, tmp_path):
 
 def test_pairs_by_name():
   paths = ["d/10_left.png", "d/11_right.png", "e/10_right.png", "d/10_RIGHT.jpg", "d/left.png",
-           "d/10_left.jpg", "d/_left.png", "d/a_b_right.png", "d/a_b_left.png"]
-  assert predictor._pairs(paths) == [(0, 3), (1, 1), (2, 2), (4, 4), (5, 5), (6, 6), (8, 7)]
+           "d/10_left.jpg", "d/_left.png", "d/a_b_right.png", "d/a_b_left.png",
+           "d/7-left.png", "d/7-right.png", "d/Müller 8 Right.png", "d/Müller 8 Left.png"]
+  assert predictor._pairs(paths) == [
+    (0, 3), (1, 1), (2, 2), (4, 4), (5, 5), (6, 6), (8, 7), (9, 10), (12, 11)]
 
 
 def test_folders_to_the_bottom_and_bad_files_named(model, photographs, tmp_path, capsys):
@@ -192,6 +194,9 @@ def test_thresholds_come_from_where_they_were_tuned(untrained, tmp_path):
     assert found.tolist() == start and source == trained.ROUNDING
   (tmp_path / "evaluation").mkdir()
   path = tmp_path / "evaluation" / "metrics.json"
+  path.write_text(
+    json.dumps({"step": 3, "thresholds": start, "thresholds_from": trained.ROUNDING}))
+  assert trained._thresholds({}, place, 3, 5)[1] == trained.ROUNDING
   path.write_text(json.dumps({"step": 3, "thresholds": tuned}))
   assert trained._thresholds({"thresholds": None}, place, 3, 5)[0].tolist() == tuned
   assert trained._thresholds({"thresholds": None}, place, 4, 5)[0].tolist() == start

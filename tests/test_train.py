@@ -18,6 +18,7 @@ from medattn_jax import config
 from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.errors import UserError
+from medattn_jax.signals import Signals, Stopped
 from medattn_jax.workdir import Workdir
 
 PAGE = str(pathlib.Path(__file__).parent / "pages" / "tiny.py")
@@ -138,6 +139,28 @@ def test_stopped_by_a_signal_it_saves_where_it_is(finished, tmp_path, data_dir, 
   assert_same_run(workdir, finished)
 
 
+def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(monkeypatch):
+  work = types.SimpleNamespace(
+      config=config.load_page(PAGE), signals=Signals(), checkpoints=None,
+      log=types.SimpleNamespace(begin=lambda *_: None, step=lambda *_, **__: None),
+  )  # fmt: skip
+  now = types.SimpleNamespace(phase="joint", begins=0, ends=2, put_train=lambda batch: batch)
+  saved = []
+
+  def save(work, now, state, step, validates):
+    saved.append(step)
+    assert work.signals.waits  # or it would be lost half-way
+    work.signals._caught(signal.SIGTERM, None)
+
+  monkeypatch.setattr(loop, "host_batches", lambda *_: iter([1, 2, 3]))
+  step = lambda state, update: (state, {})
+  monkeypatch.setattr(loop, "compile_while_loading", lambda now, updates: (step, next(updates)))
+  monkeypatch.setattr(loop, "save", save)
+  with pytest.raises(Stopped):
+    loop.run_phase(work, now, types.SimpleNamespace(step=0))
+  assert saved == [2]
+
+
 def test_a_damaged_newest_checkpoint_is_noticed_and_passed_over(finished, copy, data_dir):
   newest = max((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))
   largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -197,8 +220,9 @@ def test_a_log_that_cannot_be_written_is_one_line_and_hides_no_other_error(tmp_p
   (tmp_path / "file").mkdir()
   (tmp_path / "file" / "tensorboard").write_text("")
   with pytest.raises(UserError, match="tensorboard: events cannot be written"):
-    loop.Log(tmp_path / "file", None).__enter__()
-  log = loop.Log(tmp_path, None).__enter__()
+    loop.Log(tmp_path / "file", None).begin(None, 0)
+  log = loop.Log(tmp_path, None)
+  log.begin(None, 0)
   monkeypatch.setattr(type(log.events), "close", full)
   with pytest.raises(UserError, match="cannot be written: /somewhere/events; No space"):
     log.__exit__(None, None, None)
@@ -222,16 +246,39 @@ def test_a_config_that_another_version_wrote_is_named(tmp_path):
   checkpoints.save(1, {"w": np.zeros(2)}, {"step": 1, "config": {"seed": 0}})
   checkpoints.wait()
   with pytest.raises(UserError, match=r"the run that is there: phases is missing"):
-    loop.adopt(Workdir(tmp_path), page, checkpoints)
+    loop.refuse_strangers(Workdir(tmp_path), page, checkpoints)
   assert not (tmp_path / "config.json").exists()
 
 
 def test_levels_that_the_model_has_not_are_refused_before_the_first_step():
   levels = {"train": np.array([[1, -1]]), "test": np.array([[0, 3]]), "none": np.zeros((0, 2), int)}
   dataset = types.SimpleNamespace(name="d", splits=levels, levels=levels.get)
-  loop.check_levels(dataset, 4)
+  assert loop.check_splits(dataset, 4)
   with pytest.raises(UserError, match=r"split test, has level 3; accepted: at least 4"):
-    loop.check_levels(dataset, 3)
+    loop.check_splits(dataset, 3)
+
+
+def test_a_set_without_a_split_to_train_on_is_refused_without_one_to_grade_it_is_said(capsys):
+  some = types.SimpleNamespace(name="d", folder="f", levels=lambda split: np.zeros((1, 2), int))
+  some.splits = {"validation": 1, "test": 1}
+  with pytest.raises(UserError, match="d in f has no split train, only validation, test"):
+    loop.check_splits(some, 5)
+  some.splits = {"train": 1}
+  assert not loop.check_splits(some, 5)
+  assert "neither a test nor a validation split: nothing is evaluated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.data.name=nowhere"], "nowhere"),
+        (["--config.model.num_classes=2"], "model.num_classes = 2"),
+    ],
+)
+def test_a_first_training_that_is_refused_leaves_no_trace(tmp_path, data_dir, flags, words):
+  status, _, err = train(tmp_path / "runs" / "new", data_dir, *flags)
+  assert status == 2 and words in err and "Traceback" not in err, err
+  assert not list(tmp_path.iterdir())
 
 
 def test_another_device_count_goes_on(finished, tmp_path, data_dir):

@@ -57,6 +57,20 @@ def test_a_second_training_is_refused_and_a_killed_one_hinders_nobody(tmp_path):
     pass
 
 
+def test_a_folder_made_for_nothing_goes_again_with_its_parents(tmp_path):
+  with pytest.raises(ValueError), Workdir(tmp_path / "new/run").lock():
+    (tmp_path / "new/run/compilation_cache").mkdir()
+    raise ValueError
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "mine").mkdir()
+  with Workdir(tmp_path / "mine").lock():
+    pass
+  assert (tmp_path / "mine").is_dir()
+  with Workdir(tmp_path / "new/run").lock():
+    (tmp_path / "new/run/config.json").write_text("{}")
+  assert (tmp_path / "new/run/config.json").exists()
+
+
 def test_folders_that_cannot_be_a_workdir_are_the_users_error(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("mine")
   for path in (tmp_path / "file", tmp_path / "file/below", pathlib.Path("/proc/none")):

@@ -7,6 +7,7 @@ split, and statistics drawn, by patient.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 # The kinds of lesion a box may have; a box stores the index.
@@ -22,6 +23,16 @@ EYES = ("left", "right")
 SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
 FILE_FORMAT = "array_record"
+_SIDED = re.compile(r"(.+?)[_\- ](left|right)", re.IGNORECASE)
+
+
+def side_of(stem: str) -> tuple[str, str] | None:
+  """(patient, eye) of a file named NN_left, "NN-left" or "NN left"; None for any other name.
+
+  One rule for training data and for `predict`.
+  """
+  found = _SIDED.fullmatch(stem)
+  return (found[1], found[2].lower()) if found else None
 
 
 def features(full_size: int) -> Any:

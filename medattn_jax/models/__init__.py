@@ -26,6 +26,9 @@ BACKBONES = {
 # What M-Net asks of a backbone beyond its name: to end where the paper splits it.
 TRUNKS = {"inception_resnet_v2": {"final_conv": False}}
 
+# The smallest picture, in pixels a side, of which a backbone leaves features; of the others 1.
+SMALLEST = {"inception_resnet_v2": 75, "inception_v3": 75}
+
 # Phases in order, and the branches trained in each.
 PHASES = {
   "zoom_in_net": {"m": ("m_net",), "a": ("a_net",), "c": ("m_net", "a_net", "c_net")},
@@ -80,6 +83,11 @@ def hand_on(config: Any, phase: str, variables: dict[str, Any]) -> dict[str, Any
   if config.model.name == "zoom_in_net":
     return zoom_in_net.hand_on(variables, phase, config.model.crop_init)
   return variables
+
+
+def of_one_kind(*names: str) -> bool:
+  """Whether the backbones are variants of one network: what they share has equal names."""
+  return len({getattr(BACKBONES[name], "func", BACKBONES[name]) for name in names}) == 1
 
 
 def backbone(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:

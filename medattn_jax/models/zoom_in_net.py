@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Float, UInt8
 
 from medattn_jax import contrast, crops
-from medattn_jax.errors import UserError
 from medattn_jax.models.attention import AttentionNet
 from medattn_jax.models.norm import Array, ConvBN
 
@@ -224,9 +223,6 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
     variables: {"params", "batch_stats"}; not changed.
     crop_init: "m_net": of the two backbones' layers those of equal name and shapes; or "random"
       to leave all as it is.
-
-  Raises:
-    UserError: the two backbones have no such layer.
   """
   if phase != "c" or crop_init == "random":
     return variables
@@ -235,9 +231,6 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
     own, given = branches["c_net"]["backbone"], branches["m_net"]["backbone"]
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     alike = [name for name in own if name in given and shapes(own[name]) == shapes(given[name])]
-    if not alike:
-      raise UserError("model.crop_init = m_net: model.crop_backbone and model.backbone have no "
-                      'layer in common; accepted: "random", or backbones of one kind')
     # Buffers of its own: a step is given them to overwrite.
     own = {**own, **{name: jax.tree.map(jnp.copy, given[name]) for name in alike}}
     handed[kind] = {**branches, "c_net": {**branches["c_net"], "backbone": own}}

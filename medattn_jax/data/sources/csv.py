@@ -27,7 +27,6 @@ MAX_SHEET_BYTES = 256 * 2**20
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # A level as spreadsheets write it; Python's int() would also read "1_0" and other scripts' digits.
 _LEVEL = re.compile(r"([0-4])(\.0*)?")
-_SIDED = re.compile(r"(.+?)[_\- ](left|right)", re.IGNORECASE)
 _COLUMNS = f"columns {' and '.join(REQUIRED)} are needed, {', '.join(OPTIONAL)} are read"
 
 
@@ -178,7 +177,7 @@ def _photograph(cells: dict[str, str], path: pathlib.Path) -> sources.Photograph
     shown = f"level {cells['level']!r}" if cells["level"] else "an empty level"
     raise preprocess.BadImage(f"has {shown}: 0-4 (0, 1, 2, 3, 4) are accepted")
   stem = _stem(cells["image"].replace("\\", "/"))
-  sided = _SIDED.fullmatch(stem.rpartition("/")[2])
+  patient, side = schema.side_of(stem.rpartition("/")[2]) or (stem, "")
   eye, split = cells["eye"].lower(), cells["split"].lower()
   if eye and eye not in schema.EYES:
     raise preprocess.BadImage(f"has eye {cells['eye']!r}: left, right or nothing is accepted")
@@ -189,8 +188,8 @@ def _photograph(cells: dict[str, str], path: pathlib.Path) -> sources.Photograph
     image_id=cells["image"],
     path=path,
     level=int(level[1]),
-    patient=cells["patient"] or (sided[1] if sided else stem),
-    eye=eye or (sided[2].lower() if sided else ""),
+    patient=cells["patient"] or patient,
+    eye=eye or side,
     split=split,
   )
 
