@@ -71,9 +71,16 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
   elif processes is not None or process is not None:
     raise UserError("--coordinator=auto: accepted: without --processes and --process")
   jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours, see signals.py
+  # Said by each: who waits here for one that never comes is aborted by JAX after five minutes.
+  console.say(f"joining the other processes ({coordinator})")
   try:
     jax.distributed.initialize(**given)
-  except (RuntimeError, ValueError) as error:
+  except ValueError as error:
+    raise UserError(
+      f"--coordinator={coordinator}: no cluster is found that JAX knows (TPU pod, Slurm, Open MPI, "
+      "Kubernetes); accepted: HOST:PORT of process 0, with --processes and --process"
+    ) from error
+  except RuntimeError as error:
     why = " ".join(str(error).split())[:300]
     raise UserError(
       f"--coordinator={coordinator}: no run of several processes begins: {why}; accepted: an "

@@ -106,7 +106,7 @@ def assert_same_run(workdir, other):
 def test_two_processes_train_and_evaluate_as_one(one, data_dir, tmp_path):
   (out, err), (other_out, other_err) = finish(*start_two(*train(tmp_path / "two", data_dir)))
   assert "M-Net" in out and "M-Net" not in other_out
-  assert "validation" in err and not other_err
+  assert "validation" in err and len(other_err.splitlines()) == 1 and "joining" in other_err
   assert_same_run(tmp_path / "two", one)
 
 
@@ -241,6 +241,24 @@ def test_one_that_dies_within_a_step_does_not_leave_the_other_waiting():
 def test_flags_that_make_no_run_are_refused(flags):
   with pytest.raises(UserError, match="accepted: "):
     processes.start(*flags)
+
+
+def test_auto_takes_what_the_cluster_says():
+  code = """
+os.environ |= {"SLURM_JOB_ID": str(int(sys.argv[2]) % 4096), "SLURM_STEP_NODELIST": "localhost",
+           "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": sys.argv[1],
+           "SLURM_LOCALID": sys.argv[1]}
+processes.start("auto", None, None)
+print(processes.gather(number))
+cli.leave(0)
+"""
+  assert [out for out, _ in finish(*two_scripts(code))] == ["[0, 1]\n"] * 2
+
+
+def test_auto_without_a_cluster_is_refused():
+  code = COMMAND.replace("begin()", "processes.start('auto', None, None)").format("")
+  (_, err), = finish(start("-c", BEGIN + code, 0, 0), status=2)
+  assert "--coordinator=auto: no cluster is found" in err and "Traceback" not in err
 
 
 def test_one_process_needs_no_flag_and_agrees_with_itself():
