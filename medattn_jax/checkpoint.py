@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from medattn_jax import arrays, console, files, manifest
+from medattn_jax import arrays, console, files, manifest, processes
 from medattn_jax.errors import UserError
 
 T = TypeVar("T")
@@ -108,8 +108,11 @@ class Checkpoints:
       self._thread = threading.Thread(target=self._write, args=arguments, name=f"save-{step}")
       self._thread.start()
 
-  def wait(self) -> None:
-    """Waits for the write under way. Raises what it met, on every process."""
+  def wait(self, together: bool = True) -> None:
+    """Waits for the write under way. Raises what it met, on every process.
+
+    `together`: False where this process ends alone, and so waits for its own write only.
+    """
     if not self._pending:
       return
     self._pending = False
@@ -117,7 +120,9 @@ class Checkpoints:
     if self._thread is not None:
       self._thread.join()
       error, self._error, self._thread = self._error, None, None
-    agreed = _agree(error is None)
+    if not together:
+      return
+    agreed = processes.agree(error is None)
     if error is not None:
       raise error
     if not agreed:
@@ -223,7 +228,7 @@ class Checkpoints:
     Raises:
       UserError: there is no such step, or `step` is none of the above.
     """
-    steps = _from_first(self.steps())
+    steps = processes.from_first(self.steps())
     if isinstance(step, str) and step.isascii() and step.isdigit():
       step = int(step)
     if step not in ("latest", "last", "best") and type(step) is not int:
@@ -252,7 +257,7 @@ class Checkpoints:
   def verify(self, step: int) -> None:
     """Compares every file of a step with its manifest. Raises Damaged, on every process."""
     why = self._why_damaged(step)
-    if not _agree(why is None):
+    if not processes.agree(why is None):
       self._damaged.add(step)
       raise Damaged(step, why or "another process found it so", self.directory)
 
@@ -308,7 +313,7 @@ class Checkpoints:
       meta = self.meta(step)
     except Exception as error:
       failure = error
-    if not _agree(isinstance(tree, dict) and isinstance(meta, dict)):
+    if not processes.agree(isinstance(tree, dict) and isinstance(meta, dict)):
       why = " ".join(f"cannot be read: {failure!r}".split())[:300]
       raise Damaged(step, why, self.directory) from failure
     return tree, meta
@@ -340,7 +345,7 @@ class Checkpoints:
       UserError: there are checkpoints and all of them are damaged.
     """
     reasons = []
-    for step in reversed(_from_first(self._entries())):
+    for step in reversed(processes.from_first(self._entries())):
       if _is_empty(self._path(step)):
         console.warn(f"{self._path(step)}: an empty directory, no checkpoint; passed over")
         continue
@@ -422,23 +427,3 @@ def _plain(error: BaseException, step: int, directory: pathlib.Path) -> BaseExce
   )
   plain.__cause__ = error
   return plain
-
-
-def _agree(fine: bool) -> bool:
-  """Whether all processes are fine."""
-  if jax.process_count() == 1:
-    return fine
-  from jax.experimental import multihost_utils
-
-  return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
-
-
-def _from_first(steps: list[int]) -> list[int]:
-  """The first process's list on every process: a shared disk may show them different ones."""
-  if jax.process_count() == 1:
-    return steps
-  from jax.experimental import multihost_utils
-
-  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-  mine = np.resize(np.asarray(steps or [0], np.int32), max(count, 1))
-  return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)[:count]]

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -41,20 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
   except UserError as error:
     fail(str(error))
   except Stopped as stopped:
-    leave(stopped.status)
+    leave(stopped.status, f"stopped by {stopped}")
   except KeyboardInterrupt:
-    leave(130)
+    leave(130, "stopped by SIGINT")
   except MemoryError as error:
     fail(f"out of memory: {error}; {SMALLER}")
   except OSError as error:
     # Disks fill and permissions lack anywhere; what is no such matter is ours to mend.
     if error.errno is None or not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-      raise
+      crash(error)
     fail(f"{error.filename or 'output'}: {os.strerror(error.errno)}")
   except RuntimeError as error:
     if not str(error).startswith("RESOURCE_EXHAUSTED"):  # JAX's word for a device's memory
-      raise
+      crash(error)
     fail(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}")
+  except Exception as error:
+    crash(error)
   leave(0)
 
 
@@ -74,6 +77,7 @@ def make_parser() -> Parser:
   add = command("train", train, "train a config page, or resume it, in a workdir")
   add.add_argument("--config", required=True, metavar="F", help="a page such as configs/demo.py")
   add.add_argument("--workdir", required=True, metavar="D", help="where the run lives")
+  add_processes(add)
   add.epilog = "--config.KEY=VALUE changes a key of the page, such as --config.data.batch_size=8"
 
   add = command("evaluate", evaluate, "grade a split and write metrics, predictions and figures")
@@ -82,6 +86,7 @@ def make_parser() -> Parser:
   add.add_argument("--split", metavar="SPLIT", help="test; validation where there is no test")
   add.add_argument("--step", default="best", metavar="N|best|last")
   add.add_argument("--out", metavar="DIR", help="instead of WORKDIR/evaluation")
+  add_processes(add)
 
   add = command("explain", explain, "draw attention maps, zoomed regions and boxes of photographs")
   add.add_argument("--workdir", required=True, metavar="D")
@@ -107,21 +112,37 @@ def make_parser() -> Parser:
   return parser
 
 
+def add_processes(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+      "--coordinator",
+      metavar="HOST:PORT|auto",
+      help="one of several processes: where process 0 listens; auto on TPU pods, Slurm, Open MPI",
+  )
+  command.add_argument("--processes", type=int, metavar="N", help="how many there are")
+  command.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
+
+
 def train(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   from medattn_jax import config
 
   page = config.load_page(flags.config, overrides(rest))
+  from medattn_jax import processes
+
+  processes.start(flags.coordinator, flags.processes, flags.process)
   from medattn_jax import train
 
   try:
     train.run(page, flags.workdir)
   except Stopped as stopped:
     print(f"medattn: stopped by {stopped}; the same command goes on", file=sys.stderr)
-    leave(stopped.status)
+    leave(stopped.status, f"stopped by {stopped}")
 
 
 def evaluate(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   refuse(rest)
+  from medattn_jax import processes
+
+  processes.start(flags.coordinator, flags.processes, flags.process)
   from medattn_jax import evaluate
 
   evaluate.run(flags.workdir, flags.data, flags.split, flags.step, flags.out)
@@ -196,11 +217,25 @@ def quiet_libraries() -> None:
 
 
 def fail(message: str) -> NoReturn:
-  print(f"medattn: error: {' '.join(message.split())}", file=sys.stderr)
-  leave(2)
+  message = " ".join(message.split())
+  print(f"medattn: error: {message}", file=sys.stderr)
+  leave(2, message)
 
 
-def leave(status: int) -> NoReturn:
+def crash(error: Exception) -> NoReturn:
+  """Shows the traceback of what is ours to mend; another process that is gone is the user's."""
+  if (run := _of_several()) and (lost := run.why_lost(error)):
+    fail(f"{lost}; the same commands go on")
+  traceback.print_exception(error)
+  leave(1)
+
+
+def _of_several() -> Any:
+  """The module that speaks with the other processes, where the run has got as far."""
+  return sys.modules.get("medattn_jax.processes")
+
+
+def leave(status: int, why: str = "") -> NoReturn:
   """Exits without waiting for library threads that may be compiling or reading still."""
   with contextlib.suppress(OSError, RuntimeError):  # a signal may come while one is written to
     sys.stderr.flush()
@@ -210,6 +245,8 @@ def leave(status: int) -> NoReturn:
     if not status:
       print(f"medattn: error: standard output: {error}", file=sys.stderr)
     status = status or 2
+  if run := _of_several():
+    run.end(status, why)
   os._exit(status)
 
 

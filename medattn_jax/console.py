@@ -5,16 +5,24 @@ from __future__ import annotations
 import sys
 import time
 
+_speaks = True
+
 
 def say(text: str) -> None:
   """One line on stderr."""
-  _clear()
-  print(f"medattn: {text}", file=sys.stderr, flush=True)
+  if _speaks:
+    _line(text)
 
 
 def warn(text: str) -> None:
   """One line on stderr about something skipped, guessed or changed."""
-  say(f"warning: {text}")
+  _line(f"warning: {text}")
+
+
+def only_warnings() -> None:
+  """Leaves it to the first of several processes to say how things go."""
+  global _speaks  # noqa: PLW0603 (a process says it once, of itself)
+  _speaks = False
 
 
 class Live:
@@ -25,6 +33,8 @@ class Live:
     self.last = -float("inf")
 
   def show(self, text: str) -> None:
+    if not _speaks:
+      return
     if sys.stderr.isatty():
       print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
     elif time.monotonic() - self.last >= self.seconds:
@@ -40,6 +50,11 @@ def duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _line(text: str) -> None:
+  _clear()
+  print(f"medattn: {text}", file=sys.stderr, flush=True)
 
 
 def _clear() -> None:

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +18,14 @@ import numpy as np
 import rich.console
 import rich.table
 
-from medattn_jax import console, experiment, files, metrics, models, trained
+from medattn_jax import console, experiment, files, metrics, models, processes, trained
 from medattn_jax.analysis import lesions
 from medattn_jax.errors import UserError
 from medattn_jax.workdir import MetricsLog
 
 IOM = 0.3  # overlap at which a region finds a lesion (papers §1)
 BRANCHES = {"m_net": "M-Net", "m_a": "M + A", "zoom_in_net": "Zoom-in-Net"}
+ANSWERS = ("logits", "y_M", "y_A", "y_C", "boxes")
 Table = dict[str, Any]
 
 
@@ -48,15 +50,14 @@ def collect(
   columns: dict[str, list] = {}
   add = lambda name, rows: columns.setdefault(name, []).append(rows)
   true_boxes: list[np.ndarray] = []
-  for batch, out in experiment.predictions(now, variables, batches):
+  for batch, out in experiment.predictions(now, variables, batches, ANSWERS):
     counts = batch["mask"] > 0
     add("image", batch["image_id"][counts])
     add("patient", np.repeat(batch["patient"][:, None], 2, axis=1)[counts])
     add("eye", batch["eye"][counts])
     add("level", batch["level"][counts])
-    for name in ("logits", "y_M", "y_A", "y_C", "boxes"):
-      if name in out:
-        add(name, out[name][counts])
+    for name in out:
+      add(name, out[name][counts])
     kinds, boxes = batch["box_type"][counts], batch["boxes"][counts]
     true_boxes += [own[kind >= 0] for own, kind in zip(boxes, kinds, strict=True)]
     if not np.isfinite(out["logits"][counts]).all():
@@ -67,15 +68,18 @@ def collect(
 
 
 def validate(
-  now: experiment.Experiment, variables: Any, dataset: Any, config: ml_collections.ConfigDict
+  now: experiment.Experiment, variables: Any, dataset: Any, config: ml_collections.ConfigDict,
+  between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Kappa on the validation split and the thresholds that give it, for the training loop.
+
+  `between` is called before each batch, and may raise.
 
   Returns:
     kappa (None where undefined: then there is nothing to choose a best checkpoint by),
     kappa_argmax, accuracy, auc_referable, thresholds (list [C-1]).
   """
-  table = graded(now, variables, dataset, "validation", config)
+  table = graded(now, variables, dataset, "validation", config, between)
   probabilities = metrics.probabilities_of(table["logits"])
   thresholds = metrics.tune_thresholds(
     metrics.expected_grade(probabilities), table["level"], config.model.num_classes)
@@ -87,10 +91,15 @@ def validate(
 
 def graded(
   now: experiment.Experiment, variables: Any, dataset: Any, split: str,
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, between: Callable[[], None] = lambda: None,
 ) -> Table:
   """`collect` over a split of a data set. Raises UserError: empty, or levels the model has not."""
-  table = collect(now, variables, batches_of(dataset, split, config))
+  def batches() -> Iterator[Mapping[str, np.ndarray]]:
+    for batch in batches_of(dataset, split, config):
+      between()
+      yield batch
+
+  table = collect(now, variables, batches())
   if not len(table.get("level", ())):
     raise UserError(f"data set {dataset.name}: split {split} has no photographs; "
                     f"there are {_splits(dataset)}")
@@ -111,12 +120,12 @@ def batches_of(
   """
   from medattn_jax.data import pipeline  # imports TensorFlow
 
-  processes = jax.process_count()
+  count = jax.process_count()
   size = min(config.evaluation.batch_size, at_most or config.evaluation.batch_size)
-  size = math.ceil(size / processes) * processes
+  size = math.ceil(size / count) * count
   return pipeline.eval_batches(
     dataset, split, batch_size=size, full_size=config.data.full_size,
-    process_index=jax.process_index(), process_count=processes)
+    process_index=jax.process_index(), process_count=count)
 
 
 def open_data(config: ml_collections.ConfigDict, data: str | None) -> Any:
@@ -142,6 +151,12 @@ def choose_split(dataset: Any, split: str | None) -> str:
     raise UserError(f"--split={split}: data set {dataset.name} has no such split; accepted: "
                     f"{_splits(dataset)}")
   return split
+
+
+def check_same(dataset: Any) -> None:
+  """Raises UserError unless all processes read the same data set, wherever each has it."""
+  levels = {split: zlib.crc32(dataset.levels(split).tobytes()) for split in dataset.splits}
+  processes.same("data set", {"name": dataset.name, "splits": dataset.splits, "levels": levels})
 
 
 def _splits(dataset: Any) -> str:
@@ -176,27 +191,28 @@ def run(
   model = trained.open_workdir(workdir, step)
   dataset = open_data(model.config, data)
   split = choose_split(dataset, split)
+  check_same(dataset)
   identity = {
     "data": dataset.name, "split": split, "step": model.step, "phase": model.phase,
     "checkpoint_sha256": model.fingerprint, "bootstrap": model.config.evaluation.bootstrap}
   records = MetricsLog(model.workdir / "metrics.jsonl").read()
-  if once and (found := _evaluated(place, identity)):
+  if found := processes.from_first(_evaluated(place, identity) if once else None):
     console.say(f"step {model.step} is evaluated already: {place / 'metrics.json'}")
     _write(place, {"training_curves.png": _curves(records, model.workdir)})
     return found
   table = graded(model.experiment, model.variables, dataset, split, model.config)
   tuning = _tuning(model, dataset, split, table)
-  found = identity | summarise(table, tuning, model)
-  contents = {
-    "predictions.csv": predictions_csv(table, found["thresholds"]).encode(),
-    **_figures(table, found),
-    "training_curves.png": _curves(records, model.workdir),
-    "metrics.json": (json.dumps(found, indent=2, allow_nan=False) + "\n").encode(),
-  }
   if jax.process_index() == 0:
+    found = identity | summarise(table, tuning, model)
+    contents = {
+      "predictions.csv": predictions_csv(table, found["thresholds"]).encode(),
+      **_figures(table, found),
+      "training_curves.png": _curves(records, model.workdir),
+      "metrics.json": (json.dumps(found, indent=2, allow_nan=False) + "\n").encode(),
+    }
     _write(place, contents)
     _print(found, place, contents)
-  return found
+  return processes.from_first(found)
 
 
 def check_folder(place: pathlib.Path) -> None:

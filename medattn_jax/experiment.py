@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from medattn_jax import models, optim, sharding
+from medattn_jax import models, optim, processes, sharding
 from medattn_jax.errors import UserError, nearest
 from medattn_jax.step import State, make_eval_step, make_train_step
 
@@ -243,12 +243,16 @@ def build(
 
 
 def predictions(
-    experiment: Experiment, variables: Any, batches: Iterable[Mapping[str, np.ndarray]]
+    experiment: Experiment,
+    variables: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    wanted: Sequence[str] = ("logits", *STOPS),
 ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]]:
-  """Yields (batch, answers), both over all processes' patients, padded rows included.
+  """Yields (batch, the answers that are wanted), padded rows included.
 
-  A batch is padded here to a multiple of the devices and cut again. The next batch is dispatched
-  before the last one's answers are read, so the devices do not wait for the host.
+  Both are over all processes' patients, in the order of one process alone; the images stay where
+  they are. A batch is padded here to a multiple of the devices and cut again. The next batch is
+  dispatched before the last one's answers are read, so the devices do not wait for the host.
   """
   local = len(experiment.mesh.local_devices)
   waiting = None
@@ -260,6 +264,7 @@ def predictions(
     answers = experiment.eval_step(variables, experiment.put_eval({"image": image}))
     if waiting is not None:
       yield _collect(*waiting)
+    answers = {name: answers[name] for name in wanted if name in answers}
     waiting = (batch, answers, rows)
   if waiting is not None:
     yield _collect(*waiting)
@@ -270,4 +275,5 @@ def _collect(batch, answers, rows):
   if jax.process_count() == 1:
     return batch, answers
   small = {k: v for k, v in batch.items() if k != "image"}
-  return sharding.gather(small), sharding.gather(answers)
+  joined = processes.gather_rows({**small, **{f"answer {k}": v for k, v in answers.items()}})
+  return {k: joined[k] for k in small}, {k: joined[f"answer {k}"] for k in answers}

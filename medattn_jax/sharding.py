@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import collections
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,41 +18,24 @@ AXIS = "data"
 
 
 def devices() -> list[jax.Device]:
-  """All devices of the run. Raises UserError where the platform asked for is not there."""
-  check_flags()
+  """All devices of the run.
+
+  Raises:
+    UserError: the platform asked for is not there, or not every process has as many devices.
+  """
   try:
-    return jax.devices()
+    found = jax.devices()
   except (RuntimeError, AssertionError) as error:  # the latter where a plug-in is not installed
     reason = " ".join(str(error).split()) or "its plug-in is not installed"
     raise UserError(
         f"JAX_PLATFORMS={jax.config.jax_platforms}: no device can be used: {reason}; "
         "accepted: a platform that is there, or the variable not set"
     ) from error
-
-
-def check_flags() -> None:
-  """Raises UserError for XLA_FLAGS that XLA would end the process for, without a Python error.
-
-  A process of its own asks, which takes a third of a second where the variable is set.
-  """
-  if not (flags := os.environ.get("XLA_FLAGS", "").strip()):
-    return
-  ask = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"
-  environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-  asked = subprocess.run(
-      [sys.executable, "-c", f"{ask}.debug_options"], capture_output=True, env=environment
-  )
-  told = asked.stderr.decode(errors="replace")
-  if asked.returncode and "Traceback" not in told:
-    why = told.partition("\n")[0].partition("] ")[2]
-    raise UserError(
-        f"XLA_FLAGS={flags}: {why}; accepted: flags of this jaxlib, or the variable not set"
-    )
-
-
-def any_process(flag: bool) -> bool:
-  """Whether `flag` is set in any process; all of them must ask."""
-  return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+  held = collections.Counter(device.process_index for device in found)
+  counts = [held[process] for process in range(jax.process_count())]
+  if len(set(counts)) > 1:
+    raise UserError(f"the processes hold {counts} devices; accepted: as many in each of them")
+  return found
 
 
 def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -85,6 +64,20 @@ def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.
   )
 
 
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+  """A tree of the host's arrays on every device; all processes must hold the same.
+
+  (jax.device_put would compare them, array by array, between the processes.)
+  """
+  copied = replicated(mesh)
+
+  def put(value):
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, copied, lambda index: value[index])
+
+  return jax.tree.map(put, tree)
+
+
 def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) -> Iterator[Any]:
   """Yields `put(batch)` of each batch, `ahead` of them uploaded before they are asked for."""
   batches = iter(batches)
@@ -100,26 +93,3 @@ def local_rows(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
   shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
   return np.concatenate([np.asarray(s.data) for s in shards])
-
-
-def gather(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The rows of all processes, joined in the order of processes; texts travel as UTF-8 bytes."""
-  joined = {}
-  for name, value in rows.items():
-    if value.dtype == object:
-      joined[name] = _gather_texts(value)
-    else:
-      joined[name] = np.concatenate(multihost_utils.process_allgather(value))
-  return joined
-
-
-def _gather_texts(value: np.ndarray) -> np.ndarray:
-  encoded = [str(text).encode() for text in value.ravel()]
-  width = max(map(len, encoded), default=0)
-  width = int(np.max(multihost_utils.process_allgather(np.int32(width)))) or 1
-  packed = np.zeros((len(encoded), width), np.uint8)
-  for row, text in zip(packed, encoded, strict=True):
-    row[: len(text)] = np.frombuffer(text, np.uint8)
-  packed = np.concatenate(multihost_utils.process_allgather(packed))
-  texts = [bytes(row).rstrip(b"\0").decode() for row in packed]
-  return np.array(texts, object).reshape(-1, *value.shape[1:])

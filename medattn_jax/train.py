@@ -13,14 +13,14 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
 from medattn_jax import config as pages
-from medattn_jax import console, evaluate, experiment, sharding
+from medattn_jax import console, evaluate, experiment, processes, sharding
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.data import pipeline
 from medattn_jax.errors import UserError
@@ -55,10 +55,14 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
   experiment.check(config, jax.device_count())
   if not experiment.total_steps(config):
     raise UserError("phases: steps is 0 in every phase; accepted: at least one step to train")
+  asked = pages.flatten(pages.to_dict(config))
+  del asked["data.dir"]  # each machine may have its own
+  processes.same("config", asked)
   with Signals() as signals, contextlib.ExitStack() as stack:
     directory = Workdir(path)
     if jax.process_index() == 0:  # for all processes of the run
       stack.enter_context(directory.lock())
+    processes.meet()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     refuse_strangers(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
@@ -67,15 +71,17 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
         data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
     )
     graded = check_splits(dataset, config.model.num_classes)
+    evaluate.check_same(dataset)
     log = stack.enter_context(Log(directory.path, config))
     work = Run(config, dataset, checkpoints, log, signals)
     try:
       begun = resume(work)
+      processes.meet()  # all have looked before it changes
       if jax.process_index() == 0:  # not before all that may refuse a run
         directory.write_config(pages.to_dict(config))
       train(work, *begun)
     except Stopped:
-      checkpoints.wait()  # between two phases the last one's may be under way
+      checkpoints.wait(together=False)  # between two phases the last one's may be under way
       raise
     checkpoints.wait()
     if graded:
@@ -98,26 +104,28 @@ def train(work: Run, now: Experiment, state: State) -> State:
 
 def run_phase(work: Run, now: Experiment, state: State) -> State:
   """Steps to the end of the phase; checkpoints and validates when due."""
-  every, step = work.config, int(state.step)
+  every, step, alone = work.config, int(state.step), jax.process_count() == 1
   updates = sharding.prefetch(host_batches(work, now, step), now.put_train)
   compiled, first = compile_while_loading(now, updates)
   updates = itertools.chain([first], updates)
+  processes.meet()  # who ended while compiling is missed here and not within a step
   work.log.begin(now, step)
   while step < now.ends:
     work.signals.waits = True
     state, metrics = compiled(state, next(updates))
     step += 1
     validates = step % every.evaluation.every == 0 or step == now.ends
-    stops = asked_to_stop(work, step, metrics)
+    stops = asked_to_stop(work) if step % every.logging.every == 0 or alone else 0
     saves = validates or stops or step % every.checkpoint.every == 0
     work.log.step(step, metrics, read_now=saves)  # else read one step late: dispatch never waits
     if saves:
       save(work, now, state, step, validates and not stops)
     if stops:
       work.checkpoints.wait()
-      work.signals.check()
+      raise Stopped(stops)
   work.signals.waits = False
-  work.signals.check()  # one that came while the last step was saved
+  if stops := asked_to_stop(work):  # one that came while the last step was saved
+    raise Stopped(stops)
   return state
 
 
@@ -148,9 +156,15 @@ def validate(work: Run, now: Experiment, state: State, step: int) -> dict[str, A
   """Kappa and thresholds on the validation split, logged; empty where there is no such split."""
   if "validation" not in work.dataset.splits:
     return {"validated": True}
-  work.signals.waits = False  # nothing is lost here: a signal ends it at once
-  work.signals.check()
-  found = evaluate.validate(now, now.variables(state), work.dataset, work.config)
+
+  def between() -> None:
+    if number := asked_to_stop(work):
+      raise Stopped(number)
+
+  # Nothing is lost here: a signal ends it at once, or between two batches on all processes.
+  work.signals.waits = jax.process_count() > 1
+  between()
+  found = evaluate.validate(now, now.variables(state), work.dataset, work.config, between)
   work.signals.waits = True
   work.log.validation(step, found)
   return {"validated": True, "kappa": found["kappa"], "thresholds": found["thresholds"]}
@@ -297,14 +311,9 @@ def compile_while_loading(now: Experiment, updates: Iterator[Any]) -> tuple[Any,
   return compiled, first
 
 
-def asked_to_stop(work: Run, step: int, metrics: Mapping[str, jax.Array]) -> bool:
-  """Whether a signal has come, to any process: all of them must stop at the same step."""
-  if jax.process_count() == 1:
-    return bool(work.signals.number)
-  if step % work.config.logging.every:
-    return False
-  jax.block_until_ready(metrics)  # CPU processes take collectives in flight for one another
-  return sharding.any_process(bool(work.signals.number))
+def asked_to_stop(work: Run) -> int:
+  """The signal that has come to any process, or 0; all must ask, to stop at the same step."""
+  return max(processes.gather(work.signals.number))
 
 
 def as_tree(state: State) -> dict[str, Any]:

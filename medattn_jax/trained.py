@@ -79,7 +79,7 @@ def open_workdir(
   params = tree["params"] if tree.get("ema") is None else tree["ema"]
   variables = {"params": params, "batch_stats": tree.get("batch_stats") or {}}
   _fits(variables, now, where)
-  variables = jax.device_put(variables, sharding.replicated(now.mesh))
+  variables = sharding.everywhere(variables, now.mesh)
   thresholds, source = _thresholds(meta, place, number, config.model.num_classes)
   fingerprint = files.sha256(where / manifest.NAME)
   return Trained(

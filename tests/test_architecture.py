@@ -21,7 +21,7 @@ NAME = "medattn_jax"
 # From the ground up. A module imports from the floors below its own, and never from its own floor
 # unless that floor is one of SHARED. A folder (models, data, analysis) is one piece.
 FLOORS = (
-  {"errors", "console", "files", "manifest", "arrays", "signals"},
+  {"errors", "console", "files", "manifest", "arrays", "signals", "processes"},
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "checkpoint", "config",
    "workdir"},
   {"models", "data", "analysis"},

@@ -1,5 +1,7 @@
 """Batches reach the mesh in order, ahead of their use, and come back in order."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -14,22 +16,6 @@ def test_rows_lie_where_they_should_and_come_back():
   put = sharding.put({"x": rows}, sharding.batched(mesh))["x"]
   assert [s.data.shape for s in put.addressable_shards] == [(2, 2)] * 8
   np.testing.assert_array_equal(sharding.local_rows(put), rows)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--xla_no_such=1", "Unknown flag in XLA_FLAGS: --xla_no_such=1; accepted"),
-        ("--xla_gpu_autotune_level=x", "Couldn't interpret value x"),
-        ("xla_dump_to=a", "Could not open file"),
-    ],
-)
-def test_flags_that_would_end_the_process_are_one_line(monkeypatch, flags, words):
-  monkeypatch.setenv("XLA_FLAGS", flags)
-  with pytest.raises(UserError, match=f"^XLA_FLAGS={flags}: {words}"):
-    sharding.devices()
-  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-  sharding.devices()
 
 
 @pytest.mark.parametrize("devices", [[], "", ["cpu"], 1])
@@ -58,11 +44,20 @@ def test_prefetch_keeps_order_and_stays_two_ahead():
   assert got == [(0, 2), (10, 3), (20, 4), (30, 5), (40, 5)]
 
 
-def test_gathering_one_process_is_the_identity():
-  rows = {"name": np.array([["ö", ""], ["b,c", "日本"]], object), "n": np.arange(2)}
-  back = sharding.gather(rows)
-  assert back["name"].tolist() == rows["name"].tolist()
-  np.testing.assert_array_equal(back["n"], rows["n"])
+def test_arrays_of_the_host_lie_on_every_device():
+  tree = {"a": np.arange(3), "b": {"c": np.float32(2)}}
+  put = sharding.everywhere(tree, sharding.mesh())
+  for array in jax.tree.leaves(put):
+    assert array.is_fully_replicated and len(array.sharding.device_set) == 8
+  assert jax.tree.all(jax.tree.map(np.array_equal, put, tree))
+
+
+def test_processes_with_other_numbers_of_devices_are_refused(monkeypatch):
+  found = [types.SimpleNamespace(process_index=i) for i in (0, 0, 1)]
+  monkeypatch.setattr(jax, "devices", lambda: found)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(sharding.UserError, match=r"\[2, 1\] devices; accepted"):
+    sharding.devices()
 
 
 def test_a_platform_that_is_not_there_is_the_users_error(monkeypatch):

@@ -324,7 +324,7 @@ def _assembled(photographs: Iterator[Batch], rows: int, size: int) -> Iterator[B
   buffers = _Buffers((rows, 2, size, size, 3))
   for first in photographs:
     batch = {"image": buffers.take()}
-    for key in first.keys() - batch.keys():
+    for key in (key for key in first if key not in batch):
       text = isinstance(first[key], bytes)
       batch[key] = np.empty((rows, 2, *np.shape(first[key])), object if text else first[key].dtype)
     for place in np.ndindex(rows, 2):
