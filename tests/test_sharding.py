@@ -26,7 +26,7 @@ def test_rows_lie_where_they_should_and_come_back():
 )
 def test_flags_that_would_end_the_process_are_one_line(monkeypatch, flags, words):
   monkeypatch.setenv("XLA_FLAGS", flags)
-  with pytest.raises(UserError, match=f"^XLA_FLAGS={flags}: {words}"):
+  with pytest.raises(UserError, match=rf"^XLA_FLAGS={flags}: {words}"):
     sharding.devices()
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
   sharding.devices()
@@ -34,7 +34,7 @@ def test_flags_that_would_end_the_process_are_one_line(monkeypatch, flags, words
 
 @pytest.mark.parametrize("devices", [[], "", ["cpu"], 1])
 def test_devices_that_are_none_are_refused_by_name(devices):
-  with pytest.raises(UserError, match="devices = .*accepted"):
+  with pytest.raises(UserError, match=r"devices = .*accepted"):
     sharding.mesh(devices)
 
 

@@ -58,7 +58,7 @@ def test_a_second_training_is_refused_and_a_killed_one_hinders_nobody(tmp_path):
 
 
 def test_a_folder_made_for_nothing_goes_again_with_its_parents(tmp_path):
-  with pytest.raises(ValueError), Workdir(tmp_path / "new/run").lock():  # noqa: PT011
+  with pytest.raises(ValueError), Workdir(tmp_path / "new/run").lock():
     (tmp_path / "new/run/compilation_cache").mkdir()
     raise ValueError
   assert not list(tmp_path.iterdir())
