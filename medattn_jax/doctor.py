@@ -36,9 +36,6 @@ def run() -> None:
   try:
     import jax
 
-    from medattn_jax import sharding
-
-    sharding.check_flags()
     devices = jax.local_devices()
   except Exception as error:  # a broken driver is what a doctor is asked about
     out.print(f"\nJAX finds no devices: {' '.join(str(error).split())}", markup=False)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +20,6 @@ AXIS = "data"
 
 def devices() -> list[jax.Device]:
   """All devices of the run. Raises UserError where the platform asked for is not there."""
-  check_flags()
   try:
     return jax.devices()
   except (RuntimeError, AssertionError) as error:  # the latter where a plug-in is not installed
@@ -32,25 +28,6 @@ def devices() -> list[jax.Device]:
         f"JAX_PLATFORMS={jax.config.jax_platforms}: no device can be used: {reason}; "
         "accepted: a platform that is there, or the variable not set"
     ) from error
-
-
-def check_flags() -> None:
-  """Raises UserError for XLA_FLAGS that XLA would end the process for, without a Python error.
-
-  A process of its own asks, which takes a third of a second where the variable is set.
-  """
-  if not (flags := os.environ.get("XLA_FLAGS", "").strip()):
-    return
-  ask = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"
-  environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-  command = [sys.executable, "-c", f"{ask}.debug_options"]
-  asked = subprocess.run(command, capture_output=True, env=environment, check=False)
-  told = asked.stderr.decode(errors="replace")
-  if asked.returncode and "Traceback" not in told:
-    why = told.partition("\n")[0].partition("] ")[2]
-    raise UserError(
-        f"XLA_FLAGS={flags}: {why}; accepted: flags of this jaxlib, or the variable not set"
-    )
 
 
 def any_process(flag: bool) -> bool:

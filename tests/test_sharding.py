@@ -16,22 +16,6 @@ def test_rows_lie_where_they_should_and_come_back():
   np.testing.assert_array_equal(sharding.local_rows(put), rows)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--xla_no_such=1", "Unknown flag in XLA_FLAGS: --xla_no_such=1; accepted"),
-        ("--xla_gpu_autotune_level=x", "Couldn't interpret value x"),
-        ("xla_dump_to=a", "Could not open file"),
-    ],
-)
-def test_flags_that_would_end_the_process_are_one_line(monkeypatch, flags, words):
-  monkeypatch.setenv("XLA_FLAGS", flags)
-  with pytest.raises(UserError, match=rf"^XLA_FLAGS={flags}: {words}"):
-    sharding.devices()
-  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-  sharding.devices()
-
-
 @pytest.mark.parametrize("devices", [[], "", ["cpu"], 1])
 def test_devices_that_are_none_are_refused_by_name(devices):
   with pytest.raises(UserError, match=r"devices = .*accepted"):
