@@ -36,11 +36,11 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "zoom_in_net"
-  config.model.backbone = "resnet_small"
+  config.model.backbone = "resnet_local"
   config.model.neck_features = 32
   config.model.attention_features = 32
   config.model.attention_kernel = 3
-  config.model.crop_backbone = "resnet_small"
+  config.model.crop_backbone = "resnet_local"
   config.model.crop_init = "m_net"
   config.model.num_classes = 5
   config.model.num_regions = 4

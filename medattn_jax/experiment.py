@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from medattn_jax import models, optim, processes, sharding
+from medattn_jax import initial, models, optim, processes, sharding
 from medattn_jax.errors import UserError, nearest
 from medattn_jax.step import State, make_eval_step, make_train_step
 
@@ -61,8 +61,10 @@ class Experiment:
 
   def initial(self) -> State:
     """The state at step 0 of the run, at the mesh; abstract on a compile-only topology."""
-    born = jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
-    return self._abstract if self._compile_only else born(jax.random.key(self.config.seed))
+    if self._compile_only:
+      return self._abstract
+    values = initial.evaluate(self._traced, jax.random.key(self.config.seed))
+    return sharding.everywhere(values, self.mesh)
 
   @functools.cached_property
   def state(self) -> State:
@@ -125,9 +127,13 @@ class Experiment:
 
   @functools.cached_property
   def _abstract(self) -> State:
-    shapes = jax.eval_shape(self._init, jax.random.key(0))
-    put = sharding.replicated(self.mesh)
+    put, shapes = sharding.replicated(self.mesh), self._traced.out_info
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), shapes)
+
+  @functools.cached_property
+  def _traced(self) -> jax.stages.Traced:
+    key = jax.eval_shape(lambda: jax.random.key(0))  # the shape of one: no device is needed
+    return jax.jit(self._init).trace(key)
 
   def _init(self, key: jax.Array) -> State:
     size = self.config.data.full_size

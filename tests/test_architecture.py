@@ -22,8 +22,8 @@ NAME = "medattn_jax"
 # unless that floor is one of SHARED. A folder (models, data, analysis) is one piece.
 FLOORS = (
   {"errors", "console", "files", "manifest", "arrays", "signals", "processes"},
-  {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "checkpoint", "config",
-   "workdir"},
+  {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "initial",
+   "checkpoint", "config", "workdir"},
   {"models", "data", "analysis"},
   {"step"},
   {"experiment"},

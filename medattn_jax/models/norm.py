@@ -8,6 +8,7 @@ of devices as long as each holds whole groups.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,22 @@ from jaxtyping import Float
 
 Array = jax.Array | np.ndarray
 
-KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+# The standard deviation of a standard normal distribution cut off at ±2.
+_TRUNCATED = 0.87962566103423978
+
+
+def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+  """He's initialisation, bit-equal to linen's variance_scaling(2, "fan_in", "truncated_normal").
+
+  Drawn flat, in a length of a power of four of which the kernel is the beginning: kernels of many
+  shapes need few programs (see `initial`). jax_threefry_partitionable, JAX's default, makes a
+  draw's numbers independent of its length.
+  """
+  count, fan_in = math.prod(shape), math.prod(shape[:-1])
+  bits = (count - 1).bit_length()
+  drawn = jax.random.truncated_normal(key, -2, 2, (1 << bits + bits % 2,), dtype)
+  deviation = jnp.sqrt(jnp.array(2 / fan_in, dtype)) / jnp.array(_TRUNCATED, dtype)
+  return jax.lax.slice(drawn, (0,), (count,)).reshape(shape) * deviation
 
 
 class GroupBatchNorm(nn.Module):
@@ -128,7 +144,7 @@ class Conv(nn.Module):
   padding: tuple[int, int] | None = None
   use_bias: bool = False
   dtype: Any = jnp.float32
-  kernel_init: Callable = KERNEL_INIT
+  kernel_init: Callable = kernel_init
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
