@@ -100,7 +100,7 @@ def test_c_net_begins_with_m_nets_layers_where_the_page_says_so():
     assert jax.tree.all(same)
   now.train_step(now.enter(before), now.put_train([batch(page)]))  # no buffer twice
   local = experiment.build(
-      smoke(("model.crop_init", "m_net"), ("model.backbone", "resnet_local")), phase="c")
+      smoke(("model.crop_init", "m_net"), ("model.crop_backbone", "resnet_small")), phase="c")
   params = local.enter(local.initial()).params
   own, given = params["c_net"]["backbone"], params["m_net"]["backbone"]
   assert set(own) - set(given) == {"stage2_0_1", "stage2_0_2"}

@@ -18,7 +18,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(scope="module")
 def now():
-  tiny = [(f"model.{name}", "resnet_tiny") for name in ("backbone", "crop_backbone")]
+  tiny = [(f"model.{name}", "resnet_local") for name in ("backbone", "crop_backbone")]
   page = config.load_page(
     str(SMOKE), [*tiny, ("phases.c.optimizer", "adamw"), ("phases.c.ema", "0.9")])
   return experiment.build(page, "c", devices=jax.devices()[:1])
