@@ -196,7 +196,8 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
           f"accepted: at least {least}"
       )
   trunk, crop = config.model.backbone, config.model.crop_backbone
-  if config.model.crop_init == "m_net" and not models.of_one_kind(trunk, crop):
+  begins_alike = name == "zoom_in_net" and config.model.crop_init == "m_net"
+  if begins_alike and not models.of_one_kind(trunk, crop):
     raise UserError(
         f"model.crop_init = m_net: model.backbone = {trunk} and model.crop_backbone = {crop} have "
         "no layers in common; accepted: random, or backbones of one kind"
