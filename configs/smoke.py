@@ -2,7 +2,7 @@
 
 Command:   medattn train --config=configs/smoke.py --workdir=runs/smoke
 Hardware:  two CPU cores.
-Time:      37 s, most of it compiling; the drawing of the photographs included.
+Time:      38 s, most of it compiling; the drawing of the photographs included.
 Score:     none to speak of: it shows that everything runs, not that it learns.
 """
 
