@@ -76,6 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.augment = ml_collections.ConfigDict()
   config.augment.dihedral = True
+  config.augment.mirror = False
+  config.augment.shift = 0.0
   config.augment.brightness = 0.0
   config.augment.contrast = 0.0
   config.augment.colour = 0.0
@@ -99,6 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.every = 1000
   config.evaluation.batch_size = 16
   config.evaluation.bootstrap = 1000
+  config.evaluation.decision = "thresholds"
   config.logging = ml_collections.ConfigDict()
   config.logging.every = 10
   return config

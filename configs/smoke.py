@@ -72,6 +72,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.augment = ml_collections.ConfigDict()
   config.augment.dihedral = True
+  config.augment.mirror = False
+  config.augment.shift = 0.0
   config.augment.brightness = 0.0
   config.augment.contrast = 0.0
   config.augment.colour = 0.0
@@ -95,6 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.every = 4
   config.evaluation.batch_size = 8
   config.evaluation.bootstrap = 100
+  config.evaluation.decision = "thresholds"
   config.logging = ml_collections.ConfigDict()
   config.logging.every = 1
   return config

@@ -78,6 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.augment = ml_collections.ConfigDict()
   config.augment.dihedral = True
+  config.augment.mirror = False
+  config.augment.shift = 0.0
   config.augment.brightness = 0.0
   config.augment.contrast = 0.0
   config.augment.colour = 0.0
@@ -101,6 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.every = 2500
   config.evaluation.batch_size = 16
   config.evaluation.bootstrap = 1000
+  config.evaluation.decision = "thresholds"
   config.logging = ml_collections.ConfigDict()
   config.logging.every = 20
   return config

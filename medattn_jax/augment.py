@@ -1,27 +1,37 @@
-"""Augmentation inside the compiled step: chance is a function of (seed, step, example)."""
+"""Augmentation inside the compiled step: chance is a function of (seed, step, example).
+
+A model says where in its data flow an image is turned and shaded: Zoom-in-Net turns the full
+image before all else, an attention map lives in image coordinates and is applied before it.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 
 class Draw(NamedTuple):
-  """What chance decides for each image: N images."""
+  """What chance decides for each image: N images. None: nothing of this kind is asked for."""
 
-  flips: Bool[Array, "n 3"]  # rows, columns, transpose: the eight of the dihedral group
+  flips: Bool[Array, "n 3"] | None  # rows, columns, transpose: the eight of the dihedral group
+  offset: Int[Array, "n 2"] | None  # rows and columns by which it is moved
   gain: Float[Array, "n 3"]  # photometric: value = image / 255 * gain + bias, per channel
   bias: Float[Array, "n 3"]
+  chance: Key[Array, " n"]  # of what else a model draws for the image (dropout)
 
 
 def draw(
     key: Key[Array, ""],
     examples: Int[Array, " n"],
+    size: int,
     *,
     dihedral: bool,
+    mirror: bool,
+    shift: float,
     brightness: float,
     contrast: float,
     colour: float,
@@ -29,24 +39,86 @@ def draw(
   """Draws for each image from (key, its number in the global batch): any device count agrees.
 
   Rotations by 0/90/180/270 and flips [papers.md §1, data path]; brightness, contrast and colour
-  are uniform within ± their value [choice].
+  are uniform within ± their value, and so is the shift, whole pixels of a share of the side
+  [choice]. `mirror` alone flips left and right.
+
+  Args:
+    size: pixels a side.
   """
+  flipped = jnp.array([dihedral, dihedral or mirror, dihedral])
+  most = int(shift * size)
 
   def one(example):
-    bits, shade, spread, tint = jax.random.split(jax.random.fold_in(key, example), 4)
-    flips = jax.random.bernoulli(bits, 0.5, (3,)) & dihedral
+    own = jax.random.fold_in(key, example)
+    bits, shade, spread, tint = jax.random.split(own, 4)
+    flips = jax.random.bernoulli(bits, 0.5, (3,)) & flipped if dihedral or mirror else None
     gain = 1 + contrast * jax.random.uniform(spread, (1,), minval=-1.0)
     gain = gain * (1 + colour * jax.random.uniform(tint, (3,), minval=-1.0))
-    shift = brightness * jax.random.uniform(shade, (1,), minval=-1.0)
-    # Contrast turns about the middle of the range; brightness shifts it.
-    return Draw(flips, gain, 0.5 * (1 - gain.mean()) + shift + jnp.zeros(3))
+    level = brightness * jax.random.uniform(shade, (1,), minval=-1.0)
+    place, chance = jax.random.fold_in(own, 1), jax.random.fold_in(own, 2)
+    offset = jax.random.randint(place, (2,), -most, most + 1) if most else None
+    # Contrast turns about the middle of the range; brightness moves it.
+    return Draw(flips, offset, gain, 0.5 * (1 - gain.mean()) + level + jnp.zeros(3), chance)
 
   return jax.vmap(one)(examples)
 
 
-def dihedral(images: UInt8[Array, "n s s c"], flips: Bool[Array, "n 3"]) -> UInt8[Array, "n s s c"]:
+def move(images: Num[Array, "n s s c"], drawn: Draw | None) -> Num[Array, "n s s c"]:
+  """Turns and shifts images as drawn; what comes in at an edge is zero. Squares only."""
+  if drawn is None:
+    return images
+  if drawn.flips is not None:
+    images = dihedral(images, drawn.flips)
+  if drawn.offset is not None:
+    images = jax.vmap(_shifted)(images, drawn.offset)
+  return images
+
+
+def dihedral(images: Num[Array, "n s s c"], flips: Bool[Array, "n 3"]) -> Num[Array, "n s s c"]:
   """Flips rows, then columns, then transposes, each where its bit is set. Squares only."""
   rows, columns, transpose = (flips[:, i, None, None, None] for i in range(3))
   images = jnp.where(rows, images[:, ::-1], images)
   images = jnp.where(columns, images[:, :, ::-1], images)
   return jnp.where(transpose, images.swapaxes(1, 2), images)
+
+
+def _shifted(image, offset):
+  """image [s, s, c] with its pixel (0, 0) at `offset`."""
+  for axis, by in enumerate(offset):
+    place = jnp.arange(image.shape[axis])
+    there = (place >= by) & (place < image.shape[axis] + by)
+    there = there.reshape([-1 if a == axis else 1 for a in range(image.ndim)])
+    image = jnp.where(there, jnp.roll(image, by, axis), 0)
+  return image
+
+
+def normalise(
+    x: Num[Array, "*images_and_space c"],
+    drawn: Draw | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: jnp.dtype,
+) -> Float[Array, "*images_and_space c"]:
+  """((x · gain + bias) - mean) / std as one multiply-add, shaded as drawn.
+
+  Args:
+    x: uint8 counts as 255ths; its leading axes together hold the N images.
+    mean, std: a number for each of at least c channels.
+  """
+  channels = x.shape[-1]
+  unit = 1 / 255 if x.dtype == jnp.uint8 else 1.0
+  mean, std = (jnp.asarray(values[:channels], jnp.float32) for values in (mean, std))
+  gain, offset = unit / std, -mean / std
+  if drawn is not None:
+    leading = _leading(x.shape, len(drawn.gain))
+    spread = lambda a: a[:, :channels].reshape(*leading, *(1,) * (x.ndim - len(leading) - 1), -1)
+    gain, offset = spread(drawn.gain) * gain, (spread(drawn.bias) - mean) / std
+  return (x.astype(jnp.float32) * gain + offset).astype(dtype)
+
+
+def _leading(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+  """The axes from the first on that hold `count` images."""
+  for axes in range(1, len(shape)):
+    if math.prod(shape[:axes]) == count:
+      return shape[:axes]
+  raise ValueError(f"{count} images were drawn for, none of the leading axes of {shape} hold them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import pathlib
+import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -77,32 +78,18 @@ PHASE = {
     "ema": number(0, 1),
 }
 
-SCHEMA = {
+CLASSES = Rule(lambda v: _is_int(v) and 2 <= v <= 100, "a whole number from 2 to 100")
+SOURCE = Rule(
+    lambda v: isinstance(v, str)
+    and re.fullmatch(r"none|bank(:[1-9]\d{0,7})?|batch|stats|free", v) is not None,
+    "none, bank, bank:K with a number K of images, batch, stats or free",
+)
+STD = Rule(lambda v: numbers(3).accepts(v) and all(x > 0 for x in v), "3 numbers above zero")
+
+# What is a page's whatever its model.
+PAGE = {
     "seed": SEED,
     "precision": one_of("bfloat16", "float32"),
-    "model": {
-        "name": TEXT,
-        "backbone": TEXT,
-        "crop_backbone": TEXT,
-        "num_classes": Rule(lambda v: _is_int(v) and 2 <= v <= 100, "a whole number from 2 to 100"),
-        "neck_features": whole(1, 8192),
-        "attention_features": whole(1, 8192),
-        "attention_kernel": Rule(lambda v: _is_int(v) and v in (1, 3, 5), "1, 3 or 5"),
-        "crop_init": one_of("random", "m_net"),
-        "crop_size": whole(8),
-        "num_regions": whole(1, 100),
-        "mask_size": whole(1),
-        "mask_scope": one_of("level", "all"),
-        "coords": one_of("resize", "receptive_field"),
-        "mean": numbers(3),
-        "std": Rule(
-            lambda v: numbers(3).accepts(v) and all(x > 0 for x in v), "3 numbers above zero"
-        ),
-        "local_width": Rule(
-            lambda v: v == 0 or number(0.005, 0.5).accepts(v), "0 or a number from 0.005 to 0.5"
-        ),
-        "local_gain": number(0),
-    },
     "norm": {"group_size": whole(1), "momentum": number(0, 1)},
     "data": {
         "name": TEXT,
@@ -117,6 +104,8 @@ SCHEMA = {
     },
     "augment": {
         "dihedral": SWITCH,
+        "mirror": SWITCH,
+        "shift": number(0, 0.5),
         "brightness": number(0, 1),
         "contrast": number(0, 1),
         "colour": number(0, 1),
@@ -129,9 +118,68 @@ SCHEMA = {
         "ordinal": number(0),
     },
     "checkpoint": {"every": whole(1), "keep": whole(2)},
-    "evaluation": {"every": whole(1), "batch_size": whole(1, 65536), "bootstrap": whole(0, 10**6)},
+    "evaluation": {
+        "every": whole(1),
+        "batch_size": whole(1, 65536),
+        "bootstrap": whole(0, 10**6),
+        "decision": one_of("thresholds", "argmax"),
+    },
     "logging": {"every": whole(1)},
 }
+
+ZOOM_IN_NET = {
+    "model": {
+        "name": TEXT,
+        "backbone": TEXT,
+        "crop_backbone": TEXT,
+        "num_classes": CLASSES,
+        "neck_features": whole(1, 8192),
+        "attention_features": whole(1, 8192),
+        "attention_kernel": Rule(lambda v: _is_int(v) and v in (1, 3, 5), "1, 3 or 5"),
+        "crop_init": one_of("random", "m_net"),
+        "crop_size": whole(8),
+        "num_regions": whole(1, 100),
+        "mask_size": whole(1),
+        "mask_scope": one_of("level", "all"),
+        "coords": one_of("resize", "receptive_field"),
+        "mean": numbers(3),
+        "std": STD,
+        "local_width": Rule(
+            lambda v: v == 0 or number(0.005, 0.5).accepts(v), "0 or a number from 0.005 to 0.5"
+        ),
+        "local_gain": number(0),
+    },
+}
+
+GLOBAL_ATTENTION = {
+    "model": {
+        "name": TEXT,
+        "backbone": TEXT,
+        "stem": one_of("full", "small"),
+        "attend": TEXT,
+        "num_classes": CLASSES,
+        "mean": numbers(3),
+        "std": STD,
+    },
+    "attention": {
+        "source": SOURCE,
+        "classifier": one_of("linear", "conv"),
+        "hidden": whole(1, 1024),
+        "temperature": number(1e-3),
+        "bias": number(-100),
+        "smoothing": number(0, 0.5),
+        "boundary": one_of("fixed", "two_class"),
+        "learning_rate": number(0),
+        "area": number(0),
+        "total_variation": number(0),
+        "binarisation": number(0),
+        "kept": whole(0, 1000),
+    },
+    "data": {"channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3")},
+}
+
+MODELS = {
+    "zoom_in_net": ZOOM_IN_NET, "m_net": ZOOM_IN_NET, "global_attention": GLOBAL_ATTENTION}
 
 
 def load_page(
@@ -211,8 +259,7 @@ def check(config: ml_collections.ConfigDict, source: str = "config") -> None:
   """Raises UserError unless `config` has exactly the keys of the schema with accepted values."""
   if not isinstance(config.get("phases"), ml_collections.ConfigDict) or not config.phases.keys():
     raise UserError(f"{source}: phases is missing; accepted: phases.<name>.steps and so on")
-  schema = SCHEMA | {"phases": {name: PHASE for name in config.phases}}
-  _check_level(config, schema, "", source)
+  _check_level(config, _schema(config), "", source)
   weights = config.loss.class_weights
   if len(weights) not in (0, config.model.num_classes):
     raise UserError(
@@ -229,11 +276,20 @@ def check(config: ml_collections.ConfigDict, source: str = "config") -> None:
           f"{source}: data.{small} = {config.data[small]} is larger than data.{large} = "
           f"{config.data[large]}; accepted: at most data.{large}"
       )
-  if config.model.crop_size > config.data.full_size:
+  if config.model.get("crop_size", 0) > config.data.full_size:
     raise UserError(
         f"{source}: model.crop_size = {config.model.crop_size} is larger than data.full_size = "
         f"{config.data.full_size}; accepted: at most data.full_size"
     )
+
+
+def _schema(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The keys of a page, by its model.name."""
+  model = config.get("model")
+  name = model.get("name") if isinstance(model, ml_collections.ConfigDict) else None
+  own = MODELS.get(name if isinstance(name, str) else "", ZOOM_IN_NET)
+  groups = {key: PAGE.get(key, {}) | rules for key, rules in own.items()}
+  return PAGE | groups | {"phases": {name: PHASE for name in config.phases}}
 
 
 def _check_level(config, schema, prefix, source):

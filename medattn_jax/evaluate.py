@@ -76,17 +76,22 @@ def validate(
   `between` is called before each batch, and may raise.
 
   Returns:
-    kappa (None where undefined: then there is nothing to choose a best checkpoint by),
-    kappa_argmax, accuracy, auc_referable, thresholds (list [C-1]).
+    score: what the best checkpoint is chosen by: kappa, or accuracy where the likeliest class
+    decides; None where undefined. kappa, kappa_argmax, accuracy, auc_referable, auc_any;
+    thresholds (list [C-1], or None).
   """
   table = graded(now, variables, dataset, "validation", config, between)
   probabilities = metrics.probabilities_of(table["logits"])
-  thresholds = metrics.tune_thresholds(
-    metrics.expected_grade(probabilities), table["level"], config.model.num_classes)
+  thresholds = None
+  if config.evaluation.decision == "thresholds":
+    thresholds = metrics.tune_thresholds(
+      metrics.expected_grade(probabilities), table["level"], config.model.num_classes)
   found = metrics.grading_metrics(
     table["level"], table["patient"], probabilities, thresholds, bootstrap=0)
-  kept = ("kappa_argmax", "accuracy", "auc_referable", "thresholds")
-  return {"kappa": found["quadratic_weighted_kappa"], **{name: found[name] for name in kept}}
+  kept = ("kappa_argmax", "accuracy", "auc_referable", "auc_any", "thresholds")
+  kappa = found["quadratic_weighted_kappa"]
+  return {"kappa": kappa, "score": found["accuracy"] if thresholds is None else kappa,
+          **{name: found[name] for name in kept}}
 
 
 def graded(
@@ -125,7 +130,8 @@ def batches_of(
   size = math.ceil(size / count) * count
   return pipeline.eval_batches(
     dataset, split, batch_size=size, full_size=config.data.full_size,
-    process_index=jax.process_index(), process_count=count)
+    process_index=jax.process_index(), process_count=count,
+    **experiment.layout(config))
 
 
 def open_data(config: ml_collections.ConfigDict, data: str | None) -> Any:
@@ -204,6 +210,9 @@ def run(
   tuning = _tuning(model, dataset, split, table)
   if jax.process_index() == 0:
     found = identity | summarise(table, tuning, model)
+    if "constants" in model.variables:
+      weights = np.asarray(model.variables["constants"]["map"])
+      found["attention"] = attention(weights, dataset.region)
     contents = {
       "predictions.csv": predictions_csv(table, found["thresholds"]).encode(),
       **_figures(table, found),
@@ -239,6 +248,8 @@ def _tuning(
   model: trained.Trained, dataset: Any, split: str, table: Table
 ) -> tuple[Table | None, str, np.ndarray]:
   """(rows to tune on or None, where the thresholds come from, thresholds if none are tuned)."""
+  if model.thresholds is None:
+    return None, model.thresholds_from, None
   if split == "validation":
     console.say("the thresholds are tuned on the validation split, which is what is evaluated: "
                 "its kappa is optimistic")
@@ -261,7 +272,7 @@ def summarise(
   settings = {"bootstrap": config.evaluation.bootstrap, "seed": config.seed}
 
   def rule(names: Sequence[str]) -> np.ndarray:
-    if tuned_on is None:
+    if tuned_on is None or thresholds is None:
       return thresholds
     score = metrics.expected_grade(metrics.probabilities_of(_sum(tuned_on, names)))
     return metrics.tune_thresholds(score, tuned_on["level"], classes)
@@ -287,6 +298,16 @@ def summarise(
   return found
 
 
+def attention(weights: np.ndarray, region: np.ndarray | None) -> dict[str, float | None]:
+  """Of a map float [H, W]: area, the share of pixels above one half; mean; and, where the set's
+  region (bool [H, W]) is known, iou, their intersection over union with it."""
+  attended = weights > 0.5
+  iou = None
+  if region is not None:
+    iou = float((attended & region).sum() / (attended | region).sum())
+  return {"area": float(attended.mean()), "mean": float(weights.mean()), "iou": iou}
+
+
 def _sum(table: Table, names: Sequence[str]) -> np.ndarray:
   return np.sum([table[name] for name in names], axis=0, dtype=np.float32)
 
@@ -310,7 +331,7 @@ def predictions_csv(table: Table, thresholds: Sequence[float]) -> str:
   """image,patient,eye,level,grade,score,p0,…: numbers as short as they read back exactly."""
   probabilities = metrics.probabilities_of(table["logits"])
   score = metrics.expected_grade(probabilities)
-  grade = metrics.decide(score, thresholds)
+  grade = metrics.grades(probabilities, thresholds)
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(["image", "patient", "eye", "level", "grade", "score"]
@@ -331,7 +352,7 @@ def _figures(table: Table, found: Mapping[str, Any]) -> dict[str, bytes]:
   kappa = found["quadratic_weighted_kappa"]
   shown = "not defined" if kappa is None else f"{kappa:.3f}"
   curves = {
-    "any retinopathy (level ≥ 1)": metrics.roc(level >= 1, probabilities[:, 1:].sum(1)),
+    "any sign (level ≥ 1)": metrics.roc(level >= 1, probabilities[:, 1:].sum(1)),
     "referable (level ≥ 2)": metrics.roc(level >= 2, probabilities[:, 2:].sum(1))}
   areas = dict(zip(curves, (found["auc_any"], found["auc_referable"]), strict=True))
   intervals = dict(zip(curves, (None, found["auc_referable_ci"]), strict=True))
@@ -362,15 +383,17 @@ def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str,
   show = lambda value: "–" if value is None else f"{value:.3f}"
   table = rich.table.Table()
   table.add_column("")
-  for name in found["branches"]:
-    table.add_column(BRANCHES[name], justify="right")
+  branches = {BRANCHES[name]: branch for name, branch in found["branches"].items()}
+  for name in branches or ("",):
+    table.add_column(name, justify="right")
   rows = {"quadratic weighted kappa": "quadratic_weighted_kappa", "accuracy": "accuracy",
-          "AUC, referable": "auc_referable"}
+          "AUC, referable": "auc_referable", "AUC, any": "auc_any"}
   for label, key in rows.items():
-    table.add_row(label, *(show(branch[key]) for branch in found["branches"].values()))
+    if key in found and any(key in branch for branch in branches.values() or [found]):
+      table.add_row(label, *(show(branch[key]) for branch in branches.values() or [found]))
   recall = found.get("lesion_recall")
   if recall:
-    blank = [""] * (len(found["branches"]) - 1)
+    blank = [""] * (len(branches) - 1)
     table.add_row("lesion recall (iom ≥ .3)", *blank, show(recall["box"]))
   output = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
   output.print(f"{found['data']} · {found['split']} · {found['images']:,} photographs of "
@@ -385,7 +408,11 @@ def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str,
       f"lesions found by {recall['boxes_per_image']} regions: {show(recall['box'])} (random "
       f"{show(recall['random_box'])}, best possible {show(recall['best_box'])}); photographs with "
       f"at least one found: {show(recall['image'])}")
-  output.print("thresholds " + ", ".join(f"{value:.2f}" for value in found["thresholds"])
-               + f" from {found['thresholds_from']}")
+  if weighed := found.get("attention"):
+    truth = "" if weighed["iou"] is None else f", IoU with the true region {show(weighed['iou'])}"
+    output.print(f"attended: {weighed['area']:.1%} of the pixels{truth}")
+  if found["thresholds"]:
+    output.print("thresholds " + ", ".join(f"{value:.2f}" for value in found["thresholds"])
+                 + f" from {found['thresholds_from']}")
   for name in contents:
     output.print(f"  {place / name}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from medattn_jax import bank as banks
 from medattn_jax import initial, models, optim, processes, sharding
+from medattn_jax.bank import Bank
 from medattn_jax.errors import UserError, nearest
 from medattn_jax.step import State, make_eval_step, make_train_step
 
@@ -27,44 +30,62 @@ class Experiment:
     mesh: a sharding.mesh over the devices.
     model: the linen module.
     begins: the run's step at which the phase begins; `ends` the one before which it ends.
-    train_step: (state, batch) → (state, metrics), see step.make_train_step.
+    bank: of a global attention, where one is at hand.
     eval_step: (variables, image) → {"logits", "y_M", …}, see step.make_eval_step.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, phase: str, devices: Sequence[Any] | None):
+  def __init__(
+      self,
+      config: ml_collections.ConfigDict,
+      phase: str,
+      devices: Sequence[Any] | None,
+      bank: Bank | None,
+  ):
     self.config, self.phase, self.page = config, phase, config.phases[phase]
     self.mesh = sharding.mesh(devices)
     self.model = models.build(config)
+    self.common = models.common(config, phase)
+    self.bank = bank
     table = models.PHASES[config.model.name]
-    self.trained = table[phase]
+    self.trained = models.trained(config, phase)
     order = phases(config)
     before = order[: order.index(phase)]
     self.begins = sum(config.phases[name].steps for name in before)
     self.ends = self.begins + self.page.steps
     earlier = {b for name in before if config.phases[name].steps for b in table[name]}
     self.optimizer = optim.build(self.page, earlier)
+    if self.common:
+      own = {self.common.branch: config.attention.learning_rate}
+      self.optimizer = optim.apart(self.optimizer, own)
     self.learning_rate = optim.schedule(self.page)
-    apply = functools.partial(self.model.apply, phase=phase)
-    self.train_step = make_train_step(
-        apply,
+    self._apply = functools.partial(self.model.apply, phase=phase)
+    self.eval_step = make_eval_step(self._apply, self.mesh, STOPS)
+
+  @functools.cached_property
+  def train_step(self) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
+    """(state, batch) → (state, metrics), see step.make_train_step."""
+    config = self.config
+    return make_train_step(
+        self._apply,
         self.optimizer,
         self.mesh,
+        state=self._abstract,
         seed=config.seed,
         trained=self.trained,
-        answers=models.GRADED[config.model.name][phase],
+        answers=models.graded(config, self.phase),
         loss=config.loss.to_dict(),
         augmentation=config.augment.to_dict(),
         ema=self.page.ema,
         begins=self.begins,
+        common=self.common,
     )
-    self.eval_step = make_eval_step(apply, self.mesh, STOPS)
 
   def initial(self) -> State:
     """The state at step 0 of the run, at the mesh; abstract on a compile-only topology."""
     if self._compile_only:
       return self._abstract
     values = initial.evaluate(self._traced, jax.random.key(self.config.seed))
-    return sharding.everywhere(values, self.mesh)
+    return sharding.place(values, jax.tree.map(lambda x: x.sharding, self._abstract))
 
   @functools.cached_property
   def state(self) -> State:
@@ -82,24 +103,33 @@ class Experiment:
     A phase that ended with an average hands on the averaged params.
     """
 
-    def ready(params, batch_stats, step):
-      before = {"params": params, "batch_stats": batch_stats}
+    def ready(params, batch_stats, constants, step):
+      before = {"params": params, "batch_stats": batch_stats, "constants": constants}
       begun = models.hand_on(self.config, self.phase, before)
-      return self._phase_state(step, begun["params"], begun["batch_stats"])
+      return self._phase_state(step, begun["params"], begun["batch_stats"], begun["constants"])
 
     params = state.params if state.ema is None else state.ema
-    enter = jax.jit(ready, out_shardings=sharding.replicated(self.mesh))
-    return enter(params, state.batch_stats, state.step)
+    where = jax.tree.map(lambda x: x.sharding, self._abstract)
+    return jax.jit(ready, out_shardings=where)(
+        params, state.batch_stats, state.constants, state.step)
 
   def variables(self, state: State) -> dict[str, Any]:
-    """{"params", "batch_stats"} to answer with: the averaged params where the phase keeps them."""
-    params = state.params if state.ema is None else state.ema
-    return {"params": params, "batch_stats": state.batch_stats}
+    """What to answer with: {"params", "batch_stats"}, and "constants" where the model has any.
+
+    The averaged params where the phase keeps them; without what serves training alone.
+    """
+    return answering(
+        {name: getattr(state, name) for name in ("params", "ema", "batch_stats", "constants")})
 
   def put_train(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, jax.Array]:
     """One update's small batches of a host, stacked and on the mesh."""
     stacked = {k: np.stack([b[k] for b in batches]) for k in ("image", "level", "mask")}
-    return sharding.put(stacked, sharding.batched(self.mesh, axis=1))
+    batch = sharding.put(stacked, sharding.batched(self.mesh, axis=1))
+    return batch | self._shared_inputs(self.bank)
+
+  def _shared_inputs(self, bank: Bank | None) -> dict[str, Any]:
+    reads = self.common.reads if self.common else ()
+    return {"bank": bank.arrays} if "bank" in reads else {}
 
   def put_eval(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
     """A host batch's images on the mesh; the number of patients must divide over the devices."""
@@ -107,15 +137,25 @@ class Experiment:
 
   def lower_train_step(self) -> jax.stages.Lowered:
     """The train step lowered for this mesh, nothing allocated: read its compiled program."""
-    data, eyes = self.config.data, (self.page.accumulation, self.config.data.batch_size, 2)
+    each, *image = models.image_shape(self.config)
+    images = (self.page.accumulation, self.config.data.batch_size, each)
     split = sharding.batched(self.mesh, axis=1)
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=split)
     batch = {
-        "image": jax.ShapeDtypeStruct((*eyes, data.full_size, data.full_size, 3), jnp.uint8),
-        "level": jax.ShapeDtypeStruct(eyes, jnp.int32),
-        "mask": jax.ShapeDtypeStruct(eyes, jnp.float32),
+        "image": shape((*images, *image), jnp.uint8),
+        "level": shape(images, jnp.int32),
+        "mask": shape(images, jnp.float32),
     }
-    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=split) for k, v in batch.items()}
-    return self.train_step.lower(self._abstract, batch)
+    source = self.config.attention.source if self.common else ""
+    shapes = banks.abstract(source, self._rows, image[0], image[2], self.mesh)
+    return self.train_step.lower(self._abstract, batch | self._shared_inputs(shapes))
+
+  @property
+  def _rows(self) -> int:
+    """Rows of the pixel classifier's first layer: the bank's, or of a set as the page draws it."""
+    if self.bank is not None:
+      return self.bank.rows
+    return bank_rows(self.config, self.config.data.synthetic.train)
 
   @property
   def _compile_only(self) -> bool:
@@ -127,8 +167,10 @@ class Experiment:
 
   @functools.cached_property
   def _abstract(self) -> State:
-    put, shapes = sharding.replicated(self.mesh), self._traced.out_info
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), shapes)
+    shapes = self._traced.out_info
+    where = sharding.on(self.mesh, sharding.placed(shapes))
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(put, shapes, where)
 
   @functools.cached_property
   def _traced(self) -> jax.stages.Traced:
@@ -136,18 +178,21 @@ class Experiment:
     return jax.jit(self._init).trace(key)
 
   def _init(self, key: jax.Array) -> State:
-    size = self.config.data.full_size
-    image = jnp.zeros((1, 2, size, size, 3), jnp.uint8)
+    image = jnp.zeros((1, *models.image_shape(self.config)), jnp.uint8)
     last = phases(self.config)[-1]
     variables = self.model.init(key, image, phase=last, train=False)
+    own = models.draw_classifier(self.config, jax.random.fold_in(key, 1), self._rows)
     return self._phase_state(
-        jnp.zeros((), jnp.int32), variables["params"], variables.get("batch_stats", {})
+        jnp.zeros((), jnp.int32),
+        {**variables["params"], **own},
+        variables.get("batch_stats", {}),
+        variables.get("constants", {}),
     )
 
-  def _phase_state(self, step, params, batch_stats) -> State:
+  def _phase_state(self, step, params, batch_stats, constants) -> State:
     trained = {name: params[name] for name in self.trained}
     ema = jax.tree.map(jnp.copy, params) if self.page.ema else None
-    return State(step, params, batch_stats, self.optimizer.init(trained), ema)
+    return State(step, params, batch_stats, constants, self.optimizer.init(trained), ema)
 
 
 def phases(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -169,6 +214,30 @@ def total_steps(config: ml_collections.ConfigDict) -> int:
   return sum(config.phases[name].steps for name in phases(config))
 
 
+def bank_rows(config: ml_collections.ConfigDict, images: int) -> int:
+  """Rows of the pixel classifier's first layer, with `images` in the training split; 0 for none."""
+  if config.model.name != "global_attention":
+    return 0
+  source = config.attention.source
+  images = int(source.partition(":")[2] or images)
+  return banks.rows_of(
+      source, images, config.data.channels, config.model.num_classes, config.data.batch_size)
+
+
+def layout(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What the pipeline is to know of the model: pairs of eyes or single images, of what channels."""
+  each, *_, channels = models.image_shape(config)
+  return {"pairs": each > 1, "channels": channels}
+
+
+def answering(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """The variables to answer with, of a state's fields by name (params, ema, batch_stats, …)."""
+  params = tree["params"] if tree.get("ema") is None else tree["ema"]
+  kept = {name: own for name, own in params.items() if name not in models.TRAINING_ONLY}
+  found = {"params": kept, "batch_stats": tree.get("batch_stats") or {}}
+  return found | ({"constants": tree["constants"]} if tree.get("constants") else {})
+
+
 def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None:
   """Raises UserError unless model, backbones and phases are known and the batch divides.
 
@@ -180,14 +249,16 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
     raise UserError(
         f"model.name = {name!r}{nearest(name, list(known))}; accepted: {', '.join(known)}"
     )
-  for key in ("backbone", "crop_backbone"):
+  sizes = {"backbone": "data.image_size", "crop_backbone": "model.crop_size"}
+  for key, size in sizes.items():
+    if key not in config.model:
+      continue
     if config.model[key] not in models.BACKBONES:
       raise UserError(
           f"model.{key} = {config.model[key]!r}"
           f"{nearest(config.model[key], list(models.BACKBONES))}; "
           f"accepted: {', '.join(models.BACKBONES)}"
       )
-  for key, size in (("backbone", "data.image_size"), ("crop_backbone", "model.crop_size")):
     least = models.SMALLEST.get(config.model[key], 1)
     group, _, member = size.partition(".")
     if config[group][member] < least:
@@ -195,13 +266,15 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
           f"{size} = {config[group][member]}: too small for model.{key} = {config.model[key]}; "
           f"accepted: at least {least}"
       )
-  trunk, crop = config.model.backbone, config.model.crop_backbone
-  begins_alike = name == "zoom_in_net" and config.model.crop_init == "m_net"
-  if begins_alike and not models.of_one_kind(trunk, crop):
-    raise UserError(
-        f"model.crop_init = m_net: model.backbone = {trunk} and model.crop_backbone = {crop} have "
-        "no layers in common; accepted: random, or backbones of one kind"
-    )
+  if name == "global_attention":
+    _check_attention(config)
+  elif name == "zoom_in_net" and config.model.crop_init == "m_net":
+    trunk, crop = config.model.backbone, config.model.crop_backbone
+    if not models.of_one_kind(trunk, crop):
+      raise UserError(
+          f"model.crop_init = m_net: model.backbone = {trunk} and model.crop_backbone = {crop} "
+          "have no layers in common; accepted: random, or backbones of one kind"
+      )
   if set(config.phases) != set(known[name]):
     raise UserError(
         f"phases has {', '.join(config.phases)}; accepted for model.name = {name}: "
@@ -210,18 +283,20 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
   if devices is None:
     return
   batch, group = config.data.batch_size, config.norm.group_size
+  each, *image = models.image_shape(config)
+  what = "patients" if each > 1 else "images"
   if batch % devices:
     raise UserError(
-        f"data.batch_size = {batch} patients does not divide over {devices} devices; "
+        f"data.batch_size = {batch} {what} does not divide over {devices} devices; "
         f"accepted: a multiple of {devices}"
     )
-  if 2 * batch // devices % group:
+  if each * batch // devices % group:
     raise UserError(
-        f"norm.group_size = {group} does not divide a device's {2 * batch // devices} images "
-        f"(data.batch_size = {batch} patients over {devices} devices); accepted: a divisor of it"
+        f"norm.group_size = {group} does not divide a device's {each * batch // devices} images "
+        f"(data.batch_size = {batch} {what} over {devices} devices); accepted: a divisor of it"
     )
   # Two updates are uploaded ahead; whoever asks for more than there is would be killed wordlessly.
-  small = 6 * config.data.full_size**2 * batch // jax.process_count()
+  small = each * math.prod(image) * batch // jax.process_count()
   for phase in phases(config):
     update = small * config.phases[phase].accumulation
     if update > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
@@ -232,21 +307,49 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
       )
 
 
+def _check_attention(config: ml_collections.ConfigDict) -> None:
+  model, data = config.model, config.data
+  if model.backbone not in models.attending():
+    raise UserError(
+        f"model.backbone = {model.backbone}: has no named stages and stems; accepted for "
+        f"model.name = global_attention: {', '.join(models.attending())}"
+    )
+  stages = models.attending()[model.backbone]
+  if model.attend != "input" and model.attend not in stages:
+    raise UserError(
+        f"model.attend = {model.attend!r}; accepted for {model.backbone}: input, "
+        f"{', '.join(stages)}"
+    )
+  if data.image_size != data.full_size:
+    raise UserError(
+        f"data.image_size = {data.image_size}, data.full_size = {data.full_size}: the map weighs "
+        "the images as they are stored; accepted: the same number"
+    )
+  joint = config.phases.get("joint")
+  if config.attention.source == "batch" and joint is not None and joint.accumulation != 1:
+    raise UserError(
+        f"phases.joint.accumulation = {joint.accumulation} with attention.source = batch: the "
+        "pixel's features are one batch's; accepted: 1"
+    )
+
+
 def build(
     config: ml_collections.ConfigDict,
     phase: str | None = None,
     devices: Sequence[Any] | None = None,
+    bank: Bank | None = None,
 ) -> Experiment:
   """Builds one phase of `config` (the last by default) on `devices` (all by default).
 
   The devices may be those of a compile-only topology: then nothing is allocated and `state` is
-  abstract.
+  abstract. A global attention whose source is a bank trains with the `bank` given (see bank.fill);
+  without one its shapes are those of data.synthetic.train images.
   """
   check(config)
   order = phases(config)
   if phase is not None and phase not in order:
     raise UserError(f"phase {phase!r}; accepted for {config.model.name}: {', '.join(order)}")
-  return Experiment(config, phase or order[-1], devices)
+  return Experiment(config, phase or order[-1], devices, bank)
 
 
 def predictions(

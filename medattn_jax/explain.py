@@ -140,10 +140,9 @@ def _rows(
 
 
 def _page(row: Mapping[str, Any], regions: Sequence[Region], model: trained.Trained) -> bytes:
-  score = metrics.expected_grade(row["probabilities"])
   return figures.png(dpi=100, figure=overlays.explanation(
     row["photograph"], row["G"], row["boxes"], row["probabilities"], name=row["image"],
-    grade=int(metrics.decide(score, model.thresholds)), level=row["level"],
+    grade=int(metrics.grades(row["probabilities"], model.thresholds)), level=row["level"],
     region_levels=[region.level for region in regions], true_boxes=row["true_boxes"],
     true_types=row["true_types"], type_names=schema.TYPES))
 

@@ -47,6 +47,18 @@ def decide(score: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
   return np.searchsorted(np.asarray(thresholds, np.float64), score, side="right")
 
 
+def grades(probabilities: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:
+  """The decision, int64 [n]: the expected grade through `thresholds`, or the likeliest class.
+
+  Args:
+    probabilities: float [n, C].
+    thresholds: float [C-1]; None where classes have no order.
+  """
+  if thresholds is None:
+    return probabilities.argmax(-1)
+  return decide(expected_grade(probabilities), thresholds)
+
+
 def confusion_matrix(level: np.ndarray, grade: np.ndarray, num_classes: int) -> np.ndarray:
   """Counts int64 [C, C]: rows the true level, columns the given grade."""
   cell = np.asarray(level, np.int64) * num_classes + np.asarray(grade, np.int64)
@@ -262,7 +274,7 @@ def _number(value: float | np.ndarray) -> float | None:
 
 def grading_metrics(
   level: np.ndarray, patient: np.ndarray, probabilities: np.ndarray,
-  thresholds: Sequence[float], *, bootstrap: int = 1000, seed: int = 0,
+  thresholds: Sequence[float] | None, *, bootstrap: int = 1000, seed: int = 0,
 ) -> Mapping[str, object]:
   """Every figure of one set of graded images, ready for strict JSON.
 
@@ -271,19 +283,19 @@ def grading_metrics(
     patient: [n]; whose image it is.
     probabilities: float [n, C].
     thresholds: float [C-1], ascending; the decision rule on the expected grade, tuned elsewhere.
+      None: the likeliest class decides.
     bootstrap: resamples of the intervals, 0 for none.
     seed: of the resamples.
 
   Returns:
     The contract's keys of metrics.json from `images` to `expected_calibration_error`. `accuracy`,
-    the confusion matrix and `quadratic_weighted_kappa` (= `kappa_thresholds`) are of the decision
-    by thresholds; referable is level >= 2 scored by p2 + p3 + …, any is level >= 1.
+    the confusion matrix and `quadratic_weighted_kappa` are of the decision (`kappa_thresholds` too,
+    None without thresholds); referable is level >= 2 scored by p2 + p3 + …, any is level >= 1.
   """
   level = np.asarray(level, np.int64)
   probabilities = np.asarray(probabilities, np.float64)
   num_classes = probabilities.shape[1]
-  score = expected_grade(probabilities)
-  grade = decide(score, thresholds)
+  grade = grades(probabilities, thresholds)
   kappa = quadratic_weighted_kappa(level, grade, num_classes)
   referable, any_sign = probabilities[:, 2:].sum(1), probabilities[:, 1:].sum(1)
   kappa_ci, auc_ci = bootstrap_intervals(
@@ -295,8 +307,8 @@ def grading_metrics(
     "accuracy": _number(np.mean(grade == level)) if len(level) else None,
     "quadratic_weighted_kappa": kappa,
     "kappa_argmax": quadratic_weighted_kappa(level, probabilities.argmax(1), num_classes),
-    "kappa_thresholds": kappa,
-    "thresholds": [float(value) for value in thresholds],
+    "kappa_thresholds": None if thresholds is None else kappa,
+    "thresholds": None if thresholds is None else [float(value) for value in thresholds],
     "kappa_ci": None if kappa is None else kappa_ci,
     "confusion_matrix": confusion_matrix(level, grade, num_classes).tolist(),
     "auc_referable": auc_referable,

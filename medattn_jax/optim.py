@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import jax
 import ml_collections
@@ -49,6 +49,19 @@ def build(
   if earlier and phase.earlier_rate != 1:
     chain += [_scale_branches(earlier, phase.earlier_rate)]
   return optax.chain(*chain)
+
+
+def apart(
+    main: optax.GradientTransformation, rates: Mapping[str, float]
+) -> optax.GradientTransformation:
+  """`main` for all branches but those of `rates`, which have an Adam of their own at that rate.
+
+  Adam works number by number, so a branch may be spread over devices; clipping and decay do not
+  reach it.
+  """
+  own = {name: optax.adam(rate) for name, rate in rates.items()}
+  labels = lambda params: {name: name if name in own else "" for name in params}
+  return optax.partition({"": main, **own}, labels)
 
 
 def _scale_branches(names: Collection[str], factor: float) -> optax.GradientTransformation:

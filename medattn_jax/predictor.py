@@ -33,10 +33,11 @@ class Result:
     images: names; the paths of files, "0", "1", … for arrays.
     probabilities: float64 [N, C].
     score: float64 [N]; the expected grade.
-    grade: int64 [N]; the decision, score through the model's thresholds.
+    grade: int64 [N]; the decision: score through the model's thresholds, or the likeliest class.
     boxes: int32 [N, num, 4]; y0, x0, y1, x1 of the regions, strongest first, in pixels of the
       prepared photograph (config.data.full_size square). None where the model has no regions.
-    attention: float32 [N, h, w, C]; gated attention maps. None where the model has none.
+    attention: float32 [N, h, w, C], gated attention maps; of a global attention [H, W], the one
+      map of all. None where the model has none.
     rejected: (name, reason) of the photographs that could not be graded; they have no row.
   """
 
@@ -53,10 +54,10 @@ class Model:
   """A trained model that grades. Made by `load`.
 
   Attributes:
-    variables: {"params", "batch_stats"} as arrays.
+    variables: {"params", "batch_stats"} as arrays; of a global attention also {"constants"}.
     config: the run's ConfigDict.
     step: of the checkpoint.
-    thresholds: float64 [C-1]; the decision on the expected grade.
+    thresholds: float64 [C-1]; the decision on the expected grade. None: the likeliest class.
   """
 
   def __init__(self, opened: trained.Trained):
@@ -134,7 +135,8 @@ class Model:
     score = metrics.expected_grade(probabilities)
     return Result(
       tuple(names[i] for i in graded), probabilities, score,
-      metrics.decide(score, self.thresholds), column("boxes"), column("G"), tuple(rejected))
+      metrics.grades(probabilities, self.thresholds), column("boxes"), self._attention(column),
+      tuple(rejected))
 
 
 def load(

@@ -57,6 +57,23 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, P(*[None] * axis, AXIS))
 
 
+def placed(tree: Any) -> Any:
+  """What of a state lies where: whatever is below a key "rows" is split along its first axis over
+  the devices, all else is on each of them. A tree of PartitionSpecs."""
+
+  def spec(path, _):
+    below = any(getattr(key, "key", getattr(key, "name", None)) == "rows" for key in path)
+    return P(AXIS) if below else P()
+
+  return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def on(mesh: Mesh, specs: Any) -> Any:
+  """The shardings over `mesh` of a tree of PartitionSpecs."""
+  leaf = lambda x: isinstance(x, P)
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=leaf)
+
+
 def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
   """A batch on the mesh: each process gives its own contiguous rows. Does not block."""
   return jax.tree.map(
@@ -64,18 +81,23 @@ def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.
   )
 
 
-def everywhere(tree: Any, mesh: Mesh) -> Any:
-  """A tree of the host's arrays on every device; all processes must hold the same.
+def place(tree: Any, shardings: Any) -> Any:
+  """A tree of the host's arrays on the devices, as `shardings` (of the same structure) say.
 
-  (jax.device_put would compare them, array by array, between the processes.)
+  All processes must hold the same. (jax.device_put would compare them, array by array, between
+  the processes.)
   """
-  copied = replicated(mesh)
 
-  def put(value):
+  def put(value, sharding):
     value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, copied, lambda index: value[index])
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-  return jax.tree.map(put, tree)
+  return jax.tree.map(put, tree, shardings)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+  """A tree of the host's arrays, the same in all processes, on every device."""
+  return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
 def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) -> Iterator[Any]:

@@ -9,7 +9,7 @@ so the mean is exact whatever the device count and however many examples are mas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax
 import jax
@@ -32,8 +32,32 @@ class State:
   step: jax.Array  # int32, counted over all phases
   params: Tree
   batch_stats: Tree
+  constants: Tree  # what all images share and no optimiser moves: the map of a global attention
   opt_state: Tree  # of the branches trained in this phase only
   ema: Tree  # of all params, or None where the phase keeps none
+
+
+class Common(Protocol):
+  """What all images of an update share, computed once an update: its constants.
+
+  Where it is made from what is spread over the devices, each gives a summand and one all-reduce
+  joins them; the constants' gradient rides with the parameters' own.
+  """
+
+  branch: str  # of the params, of which it is made; those below a key "rows" are spread
+  reads: Mapping[str, Any]  # what of the batch besides images and levels, as PartitionSpecs
+
+  def partial(self, params: Tree, batch: Batch) -> Tree:
+    """A device's summand; only `params` has a gradient."""
+
+  def finish(self, total: Tree, params: Tree, age: jax.Array) -> Tree:
+    """The constants from the sum. `age`: of the phase, in steps."""
+
+  def penalty(self, constants: Tree, age: jax.Array) -> jax.Array:
+    """A term of the loss that depends on the constants alone."""
+
+  def keep(self, old: Tree, new: Tree, age: jax.Array) -> Tree:
+    """The constants to answer with after this update."""
 
 
 def make_train_step(
@@ -41,6 +65,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
+    state: State,
     seed: int,
     trained: Sequence[str],
     answers: Sequence[str],
@@ -48,14 +73,16 @@ def make_train_step(
     augmentation: Mapping[str, Any],
     ema: float,
     begins: int = 0,
+    common: Common | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
   """The jitted, sharded, donating train step.
 
   Args:
-    apply: apply(variables, image, gain=, bias=, train=True, mutable=[...]) →
+    apply: apply(variables, image, drawn=, train=True, mutable=[...]) →
       ((logits, out), updates): a linen module's, bound to its phase.
     optimizer: of the params of the `trained` branches.
     mesh: one data axis.
+    state: its shapes; what lies where (`sharding.placed`) is read off their names.
     seed: of all chance; a draw depends on (seed, step, example) alone.
     trained: top-level names of the params that this phase trains; the others stay bit-equal.
     answers: what is graded: the first with weight one, the others with `loss["auxiliary"]`.
@@ -65,33 +92,33 @@ def make_train_step(
     ema: decay of the parameters' moving average, 0 for none; nearer to the present in the
       first steps, so that the initial values are soon forgotten.
     begins: the state's step at which this phase begins.
+    common: how the constants are made anew at each step; None: they stay as they are.
 
   Returns:
     step(state, batch): batch holds image uint8 [A, B, E, H, W, C], level int32 and mask float32
-    [A, B, E] (A microbatches accumulated into one update, B patients, E eyes), split along B.
+    [A, B, E] (A microbatches accumulated into one update, B patients, E eyes), split along B;
+    and the bank that `common` reads, where it reads one.
   """
   grading = {k: loss[k] for k in ("name", "class_weights", "focal_gamma", "ordinal")}
   weights = dict(zip(answers, [1.0] + [loss["auxiliary"]] * (len(answers) - 1), strict=True))
   devices = mesh.size
 
-  def micro_loss(params, rest, batch_stats, batch, key, number):
+  def micro_loss(params, made, state, batch_stats, batch, key, number):
     image, level, mask = batch["image"], batch["level"], batch["mask"]
     images = image.reshape(-1, *image.shape[2:])
     first = (number * devices + jax.lax.axis_index(sharding.AXIS)) * len(images)
-    drawn = augment.draw(key, first + jnp.arange(len(images)), **augmentation)
-    if augmentation["dihedral"]:
-      images = augment.dihedral(images, drawn.flips)
-    gain, bias = (x.reshape(*image.shape[:2], -1) for x in (drawn.gain, drawn.bias))
+    drawn = augment.draw(
+        key, first + jnp.arange(len(images)), images.shape[-2], **augmentation)
     (logits, out), updates = apply(
-        {"params": {**rest, **params}, "batch_stats": batch_stats},
-        images.reshape(image.shape),
-        gain=gain,
-        bias=bias,
+        {"params": {**state.params, **params}, "batch_stats": batch_stats,
+         "constants": {**state.constants, **made}},
+        image,
+        drawn=drawn,
         train=True,
         mutable=["batch_stats"],
     )
     graded = {"logits": logits, **out}
-    terms = {name: losses.graded(graded[name], level, mask, **grading) for name in answers}
+    terms = {n: losses.graded(graded[n], level, mask, **grading) for n in answers}
     total = sum(weights[name] * term for name, (term, _) in terms.items())
     hits = jnp.sum((graded[answers[0]].argmax(-1) == level) * mask)
     sums = {"loss": total, "weight": terms[answers[0]][1], "hits": hits, "images": mask.sum()}
@@ -100,20 +127,29 @@ def make_train_step(
   def local(state: State, batch: Batch):
     accumulation = len(batch["level"])
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    params = {name: state.params[name] for name in trained}
-    rest = {name: tree for name, tree in state.params.items() if name not in params}
-    gradient = jax.grad(micro_loss, has_aux=True)
+    age = state.step - begins
+    whole = {name: state.params[name] for name in trained}
+    params, made = dict(whole), {}  # made: the constants that this update makes anew
+    if common:
+      shared = params.pop(common.branch)
+      part, pull_part = jax.vjp(lambda p: common.partial(p, batch), shared)
+      total = jax.lax.psum(part, sharding.AXIS)
+      finish = lambda total, p: common.finish(total, p, age)
+      made, pull_finish = jax.vjp(finish, total, shared)
+    gradient = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)
+    microbatches = {name: batch[name] for name in ("image", "level", "mask")}
 
     def micro(carry, numbered):
       total, batch_stats, sums = carry
       number, small = numbered
-      grads, (batch_stats, more) = gradient(params, rest, batch_stats, small, key, number)
+      grads, (batch_stats, more) = gradient(
+          params, made, state, batch_stats, small, key, number)
       add = lambda a, b: jax.tree.map(jnp.add, a, b)
       return (add(total, grads), batch_stats, add(sums, more)), None
 
     zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "hits", "images")}
-    carry = (jax.tree.map(jnp.zeros_like, params), state.batch_stats, zeros)
-    numbered = (jnp.arange(accumulation), batch)
+    carry = (jax.tree.map(jnp.zeros_like, (params, made)), state.batch_stats, zeros)
+    numbered = (jnp.arange(accumulation), microbatches)
     # No loop where none is needed: XLA fuses across what a loop would part, and on a CPU computes
     # the gradient of a convolution's kernel some 60 times slower inside one.
     if accumulation == 1:
@@ -126,17 +162,7 @@ def make_train_step(
     vector, unravel = ravel_pytree((grads, own_stats, sums))
     grads, own_stats, sums = unravel(jax.lax.psum(vector, sharding.AXIS))
     own_stats = jax.tree.map(lambda s: s / devices, own_stats)
-    grads = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-8), grads)
-
-    updates, opt_state = optimizer.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    average = state.ema
-    if ema:
-      age = (state.step - begins).astype(jnp.float32)
-      decay = jnp.minimum(ema, (1 + age) / (10 + age))
-      moved = {name: average[name] for name in trained}
-      moved = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, moved, params)
-      average = {**average, **moved}
+    grads, slope = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-8), grads)
     images = jnp.maximum(sums["images"], 1)
     metrics = {
         "loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-8),
@@ -144,28 +170,45 @@ def make_train_step(
         "gradient_norm": optax.tree.norm(grads),
         "parameter_norm": optax.tree.norm(params),
     }
+    constants = state.constants
+    if common:
+      term, own_slope = jax.value_and_grad(common.penalty)(made, age)
+      metrics["loss"] += term
+      back, own = pull_finish(jax.tree.map(jnp.add, slope, own_slope))
+      (spread,) = pull_part(back)
+      grads = {**grads, common.branch: jax.tree.map(jnp.add, own, spread)}
+      constants = common.keep(constants, made, age)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, whole)
+    params = optax.apply_updates(whole, updates)
+    average = state.ema
+    if ema:
+      age = age.astype(jnp.float32)
+      decay = jnp.minimum(ema, (1 + age) / (10 + age))
+      moved = {name: average[name] for name in trained}
+      moved = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, moved, params)
+      average = {**average, **moved}
     state = State(
         step=state.step + 1,
-        params={**rest, **params},
+        params={**state.params, **params},
         batch_stats={**state.batch_stats, **own_stats},
+        constants=constants,
         opt_state=opt_state,
         ema=average,
     )
     return state, metrics
 
+  where = sharding.placed(state)
+  inputs = {name: P(None, sharding.AXIS) for name in ("image", "level", "mask")}
+  if common:
+    inputs |= common.reads
   mapped = jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=(P(), P(None, sharding.AXIS)),
-      out_specs=P(),
-      check_vma=False,
-  )
-
-  replicated = sharding.replicated(mesh)
+      local, mesh=mesh, in_specs=(where, inputs), out_specs=(where, P()), check_vma=False)
+  on_mesh = lambda specs: sharding.on(mesh, specs)
   return jax.jit(
       mapped,
-      in_shardings=(replicated, sharding.batched(mesh, axis=1)),
-      out_shardings=(replicated, replicated),
+      in_shardings=(on_mesh(where), on_mesh(inputs)),
+      out_shardings=(on_mesh(where), sharding.replicated(mesh)),
       donate_argnums=0,
   )
 

@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 from medattn_jax import config as pages
-from medattn_jax import console, evaluate, experiment, processes, sharding
+from medattn_jax import console, continuation, evaluate, experiment, fill_bank, processes, sharding
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.data import pipeline
 from medattn_jax.errors import UserError
@@ -29,14 +29,12 @@ from medattn_jax.signals import Signals, Stopped
 from medattn_jax.step import State
 from medattn_jax.workdir import MetricsLog, Workdir
 
-# What may be changed when a run goes on; the rest decides what it computes.
-FREE = ("data.dir", "checkpoint.", "evaluation.", "logging.")
-
 
 class Run(NamedTuple):
   """What the loop works with, opened once."""
 
   config: ml_collections.ConfigDict
+  directory: Workdir
   dataset: pipeline.DataSet
   checkpoints: Checkpoints
   log: Log
@@ -64,16 +62,17 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
       stack.enter_context(directory.lock())
     processes.meet()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
-    refuse_strangers(directory, config, checkpoints)
+    continuation.refuse_strangers(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
     data = config.data
     dataset = pipeline.open_dataset(
         data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
     )
     graded = check_splits(dataset, config.model.num_classes)
+    fill_bank.check(config, dataset)
     evaluate.check_same(dataset)
     log = stack.enter_context(Log(directory.path, config))
-    work = Run(config, dataset, checkpoints, log, signals)
+    work = Run(config, directory, dataset, checkpoints, log, signals)
     try:
       begun = resume(work)
       processes.meet()  # all have looked before it changes
@@ -95,7 +94,7 @@ def train(work: Run, now: Experiment, state: State) -> State:
   order = experiment.phases(work.config)
   for phase in order[order.index(now.phase) :]:
     if phase != now.phase:
-      now = experiment.build(work.config, phase)
+      now = build(work, phase)
       state = now.enter(state)
     if int(state.step) < now.ends:
       state = run_phase(work, now, state)
@@ -120,6 +119,8 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
     work.log.step(step, metrics, read_now=saves)  # else read one step late: dispatch never waits
     if saves:
       save(work, now, state, step, validates and not stops)
+    if map_is_due(now, step) and jax.process_index() == 0:
+      work.directory.keep_map(step, state.constants["map"])
     if stops:
       work.checkpoints.wait()
       raise Stopped(stops)
@@ -141,21 +142,25 @@ def save(
       "validated": False,
       "kappa": None,
       "thresholds": None,
+      "bank": now.bank.checksum if now.bank else None,
   }
+  score = None
   try:
     if validates:
-      meta |= validate(work, now, state, step)
+      found = validate(work, now, state, step)
+      meta |= {"validated": True} | {k: found.get(k) for k in ("kappa", "thresholds")}
+      score = found.get("score")
   except Stopped:
     work.checkpoints.save(step, as_tree(state), meta)  # where it is there already, it stays
     work.checkpoints.wait()
     raise
-  work.checkpoints.save(step, as_tree(state), meta, score=meta["kappa"], replace=replace)
+  work.checkpoints.save(step, as_tree(state), meta, score=score, replace=replace)
 
 
 def validate(work: Run, now: Experiment, state: State, step: int) -> dict[str, Any]:
-  """Kappa and thresholds on the validation split, logged; empty where there is no such split."""
+  """Figures of the validation split, logged; empty where there is no such split."""
   if "validation" not in work.dataset.splits:
-    return {"validated": True}
+    return {}
 
   def between() -> None:
     if number := asked_to_stop(work):
@@ -167,7 +172,7 @@ def validate(work: Run, now: Experiment, state: State, step: int) -> dict[str, A
   found = evaluate.validate(now, now.variables(state), work.dataset, work.config, between)
   work.signals.waits = True
   work.log.validation(step, found)
-  return {"validated": True, "kappa": found["kappa"], "thresholds": found["thresholds"]}
+  return found
 
 
 def resume(work: Run) -> tuple[Experiment, State]:
@@ -175,18 +180,24 @@ def resume(work: Run) -> tuple[Experiment, State]:
 
   def restore(step):
     meta = work.checkpoints.meta(step)
-    now = experiment.build(work.config, meta["phase"])
+    now = build(work, meta["phase"])
     tree, meta = work.checkpoints.restore(step, as_tree(now.abstract_state))
+    if now.bank and meta["bank"] != now.bank.checksum:
+      raise UserError(
+          f"data set {work.dataset.name}: its training images are not those that the run in "
+          f"{work.directory.path} began with (attention.source = {work.config.attention.source}); "
+          "accepted: the same images in the same order, or another --workdir"
+      )
     return now, State(**tree), meta
 
   found = work.checkpoints.newest_intact(restore)
   if found is None:
-    now = experiment.build(work.config, experiment.phase_at(work.config, 0))
-    work.log.truncate_after(0)
+    now = build(work, experiment.phase_at(work.config, 0))
+    truncate_after(work, 0)
     return now, now.initial()
   now, state, meta = found
   step = int(state.step)
-  work.log.truncate_after(step)
+  truncate_after(work, step)
   if step < experiment.total_steps(work.config):
     console.say(f"resuming at step {step} of phase {now.phase}")
   else:
@@ -224,50 +235,6 @@ def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
   return graded
 
 
-def refuse_strangers(
-    directory: Workdir, config: ml_collections.ConfigDict, checkpoints: Checkpoints
-) -> None:
-  """Raises UserError where work is in the workdir that another config began."""
-  asked = pages.to_dict(config)
-  if checkpoints.any():
-    done = checkpoints.newest_meta()
-    held = done["config"] if done else directory.read_config()
-    pages.from_dict(held, source=f"{directory.path}, config of the run that is there")
-    refuse_other_run(directory.path, asked, held, done["step"] if done else 0)
-
-
-def refuse_other_run(path: pathlib.Path, asked: dict, held: dict, step: int) -> None:
-  """Raises UserError naming the first key in which `asked` would begin another run than `held`.
-
-  Free to change: where the data lies; how often is saved, validated and logged; the pages of
-  phases that have not begun; the steps of a phase whose schedule does not depend on them.
-  """
-  old, new = pages.flatten(held), pages.flatten(asked)
-  same_phases = held["phases"].keys() == asked["phases"].keys()
-  free = free_keys(held, asked, step) if same_phases else FREE
-  for key in sorted(old.keys() | new.keys()):
-    if old.get(key) == new.get(key) or key.startswith(free):
-      continue
-    raise UserError(
-        f"{path}: holds a run of {step} steps with {key} = {old.get(key)!r}, not "
-        f"{new.get(key)!r}; accepted: the same value, or another --workdir"
-    )
-
-
-def free_keys(held: dict, asked: dict, step: int) -> tuple[str, ...]:
-  """Prefixes of the keys that may change at `step`: they decide nothing that is done already."""
-  config = pages.from_dict(held)
-  free, begins = FREE, 0
-  for name in experiment.phases(config):
-    page = config.phases[name]
-    if begins >= step:
-      free += (f"phases.{name}.",)
-    elif page.schedule != "cosine" and begins + asked["phases"][name]["steps"] >= step:
-      free += (f"phases.{name}.steps",)  # more steps: the rates so far stay what they were
-    begins += page.steps
-  return free
-
-
 def keep_compiled(folder: pathlib.Path) -> None:
   """Compiled programs of this run are kept in its workdir: a second start compiles nothing."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -292,6 +259,7 @@ def host_batches(work: Run, now: Experiment, step: int) -> Iterator[list[dict]]:
       balanced=data.balanced,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      **experiment.layout(work.config),
   )
   while True:
     yield list(itertools.islice(batches, accumulation))
@@ -314,6 +282,27 @@ def compile_while_loading(now: Experiment, updates: Iterator[Any]) -> tuple[Any,
 def asked_to_stop(work: Run) -> int:
   """The signal that has come to any process, or 0; all must ask, to stop at the same step."""
   return max(processes.gather(work.signals.number))
+
+
+def build(work: Run, phase: str) -> Experiment:
+  """The phase's experiment, with the bank that it trains with."""
+  bank = fill_bank.of_phase(work.config, phase, work.dataset)
+  return experiment.build(work.config, phase, bank=bank)
+
+
+def map_is_due(now: Experiment, step: int) -> bool:
+  """Whether the map of a global attention is kept after this step, for its evolution."""
+  if not now.common or not now.config.attention.kept:
+    return False
+  every = max(1, now.page.steps // now.config.attention.kept)
+  return (step - now.begins) % every == 0 or step in (now.begins + 1, now.ends)
+
+
+def truncate_after(work: Run, step: int) -> None:
+  """What was written of steps after `step` goes: they are done again."""
+  work.log.truncate_after(step)
+  if jax.process_index() == 0:
+    work.directory.truncate_maps(step)
 
 
 def as_tree(state: State) -> dict[str, Any]:

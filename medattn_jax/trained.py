@@ -23,9 +23,11 @@ from medattn_jax.errors import UserError
 from medattn_jax.workdir import Workdir
 
 # What config.json and the checkpoint's own config must agree on: it decides the answers.
-_DECISIVE = ("model", "norm", "data.image_size", "data.full_size")
+_DECISIVE = (
+  "model", "norm", "data.image_size", "data.full_size", "data.channels", "attention.source")
 _MAX_METRICS_BYTES = 16 << 20
 ROUNDING = "rounding, none were tuned"
+LIKELIEST = "none: the likeliest class decides"
 
 
 class Trained(NamedTuple):
@@ -36,8 +38,8 @@ class Trained(NamedTuple):
     config: the run's.
     step, phase: of the checkpoint.
     experiment: of that phase on the mesh.
-    variables: {"params", "batch_stats"} on the mesh; the averaged params where the run keeps them.
-    thresholds: float64 [C-1]; the decision rule.
+    variables: what answers (experiment.answering), on the mesh.
+    thresholds: float64 [C-1]; the decision rule. None where the likeliest class is taken.
     thresholds_from: where they come from, in words.
     fingerprint: SHA-256 of the checkpoint's manifest: which weights these are.
   """
@@ -48,7 +50,7 @@ class Trained(NamedTuple):
   phase: str
   experiment: experiment.Experiment
   variables: dict[str, Any]
-  thresholds: np.ndarray
+  thresholds: np.ndarray | None
   thresholds_from: str
   fingerprint: str
 
@@ -76,11 +78,13 @@ def open_workdir(
   where = place.checkpoints / str(number)
   _agree(config, meta, where)
   now = experiment.build(config, meta.get("phase"), devices)
-  params = tree["params"] if tree.get("ema") is None else tree["ema"]
-  variables = {"params": params, "batch_stats": tree.get("batch_stats") or {}}
+  variables = experiment.answering(tree)
   _fits(variables, now, where)
   variables = sharding.everywhere(variables, now.mesh)
-  thresholds, source = _thresholds(meta, place, number, config.model.num_classes)
+  if config.evaluation.decision == "argmax":
+    thresholds, source = None, LIKELIEST
+  else:
+    thresholds, source = _thresholds(meta, place, number, config.model.num_classes)
   fingerprint = files.sha256(where / manifest.NAME)
   return Trained(
     place.path, config, number, now.phase, now, variables, thresholds, source, fingerprint)
@@ -98,8 +102,7 @@ def _agree(config: ml_collections.ConfigDict, meta: dict, where: pathlib.Path) -
 
 def _fits(variables: dict[str, Any], now: experiment.Experiment, where: pathlib.Path) -> None:
   """Raises UserError unless the weights are those of the config's model, name by name."""
-  state = now.abstract_state
-  wanted = {"params": state.params, "batch_stats": state.batch_stats}
+  wanted = now.variables(now.abstract_state)
   shapes = [
     {jax.tree_util.keystr(path): tuple(leaf.shape)
      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

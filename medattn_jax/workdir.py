@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -30,6 +31,7 @@ class Workdir:
     self.evaluation = self.path / "evaluation"
     self.metrics = self.path / "metrics.jsonl"
     self.config = self.path / "config.json"
+    self.maps = self.path / "maps"
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
@@ -103,6 +105,25 @@ class Workdir:
       yield
     except OSError as error:
       raise UserError(f"workdir {self.path}: cannot be written to: {_reason(error)}") from error
+
+  def keep_map(self, step: int, weights: np.ndarray) -> None:
+    """Keeps the map of a global attention, float32 [H, W], as it was at a step."""
+    content = io.BytesIO()
+    np.save(content, np.asarray(weights, np.float32), allow_pickle=False)
+    with self.plain_errors():
+      self.maps.mkdir(exist_ok=True)
+      files.write_bytes(self.maps / f"{step:08d}.npy", content.getvalue())
+
+  def kept_maps(self) -> dict[int, pathlib.Path]:
+    """The maps that were kept, by their step in order."""
+    found = (path for path in sorted(self.maps.glob("*.npy")) if path.stem.isdigit())
+    return {int(path.stem): path for path in found}
+
+  def truncate_maps(self, step: int) -> None:
+    """Removes the maps kept after `step`: those steps are done again."""
+    for number, path in self.kept_maps().items():
+      if number > step:
+        path.unlink()
 
   def write_config(self, config: Mapping) -> None:
     """Writes config.json, whole, nested as `config` is."""

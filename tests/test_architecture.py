@@ -25,9 +25,10 @@ FLOORS = (
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "initial",
    "checkpoint", "config", "workdir"},
   {"models", "data", "analysis"},
-  {"step"},
+  {"step", "bank"},
   {"experiment"},
-  {"trained", "train", "evaluate", "explain", "predictor", "export", "doctor"},
+  {"trained", "train", "evaluate", "explain", "predictor", "export", "doctor", "continuation",
+   "fill_bank"},
   {"cli"},
   {"__main__", "__init__"},
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from medattn_jax import augment
 
-ALL = dict(dihedral=True, brightness=0.1, contrast=0.2, colour=0.1)
+ALL = dict(dihedral=True, mirror=False, shift=0.25, brightness=0.1, contrast=0.2, colour=0.1)
 
 
 def test_flips_give_the_eight_transforms_and_no_other():
@@ -20,17 +20,18 @@ def test_flips_give_the_eight_transforms_and_no_other():
 
 def test_a_draw_depends_on_key_and_example_alone():
   key = jax.random.key(3)
-  whole = augment.draw(key, jnp.arange(8), **ALL)
-  part = augment.draw(key, jnp.array([5, 2]), **ALL)
+  whole = augment.draw(key, jnp.arange(8), 16, **ALL)
+  part = augment.draw(key, jnp.array([5, 2]), 16, **ALL)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
-    np.testing.assert_array_equal(a[jnp.array([5, 2])], b)
-  other = augment.draw(jax.random.key(4), jnp.arange(8), **ALL)
+    assert (a[jnp.array([5, 2])] == b).all()
+  other = augment.draw(jax.random.key(4), jnp.arange(8), 16, **ALL)
   assert not np.array_equal(whole.gain, other.gain)
 
 
 def test_draws_stay_within_their_bounds_and_use_them():
-  drawn = augment.draw(jax.random.key(0), jnp.arange(4000), **ALL)
+  drawn = augment.draw(jax.random.key(0), jnp.arange(4000), 16, **ALL)
   assert drawn.flips.mean(0).min() > 0.45 and drawn.flips.mean(0).max() < 0.55
+  assert set(np.unique(drawn.offset)) == set(range(-4, 5))
   low, high = 0.8 * 0.9, 1.2 * 1.1
   assert low <= drawn.gain.min() < low + 0.03 and high - 0.03 < drawn.gain.max() <= high
   middle = 0.5 * drawn.gain.mean(-1) + drawn.bias[:, 0]
@@ -39,7 +40,35 @@ def test_draws_stay_within_their_bounds_and_use_them():
 
 def test_nothing_asked_is_nothing_done():
   drawn = augment.draw(
-      jax.random.key(0), jnp.arange(5), dihedral=False, brightness=0.0, contrast=0.0, colour=0.0
-  )
-  assert not drawn.flips.any()
+      jax.random.key(0), jnp.arange(5), 16, dihedral=False, mirror=False, shift=0.0, brightness=0.0,
+      contrast=0.0, colour=0.0)
+  assert drawn.flips is None and drawn.offset is None
   assert (drawn.gain == 1).all() and (drawn.bias == 0).all()
+
+
+def test_a_mirror_flips_left_and_right_alone():
+  drawn = augment.draw(jax.random.key(0), jnp.arange(400), 16, **{
+    **ALL, "dihedral": False, "mirror": True})
+  assert not drawn.flips[:, [0, 2]].any()
+  assert 0.4 < drawn.flips[:, 1].mean() < 0.6
+
+
+def test_a_shift_moves_pixels_and_fills_with_zero():
+  image = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1)
+  drawn = augment.Draw(None, jnp.array([[1, -2]]), None, None, None)
+  moved = np.asarray(augment.move(jnp.array(image), drawn))[0, :, :, 0]
+  expected = np.zeros((4, 4), np.uint8)
+  expected[1:, :2] = image[0, :3, 2:, 0]
+  np.testing.assert_array_equal(moved, expected)
+
+
+def test_normalising_shades_each_image_of_a_batch_of_pairs():
+  drawn = augment.draw(jax.random.key(1), jnp.arange(6), 8, **ALL)
+  images = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 3), np.uint8)
+  mean, std = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.3, 0.4])
+  made = augment.normalise(jnp.array(images), drawn, mean, std, jnp.float32)
+  plain = np.stack([
+    (image / 255 * gain + bias - mean) / std
+    for image, gain, bias in zip(
+      images.reshape(6, 8, 8, 3), np.asarray(drawn.gain), np.asarray(drawn.bias), strict=True)])
+  np.testing.assert_allclose(made.reshape(plain.shape), plain, atol=2e-5)

@@ -9,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from medattn_jax import sharding
+from medattn_jax import augment, sharding
 from medattn_jax.step import State, make_eval_step, make_train_step
 
 LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.3, "focal_gamma": 2.0,
         "ordinal": 0.0}
-STILL = {"dihedral": False, "brightness": 0.0, "contrast": 0.0, "colour": 0.0}
-MOVING = {"dihedral": True, "brightness": 0.1, "contrast": 0.2, "colour": 0.1}
+STILL = {"dihedral": False, "mirror": False, "shift": 0.0, "brightness": 0.0, "contrast": 0.0,
+         "colour": 0.0}
+MOVING = {"dihedral": True, "mirror": False, "shift": 0.25, "brightness": 0.1, "contrast": 0.2,
+          "colour": 0.1}
 
 
 class Branch(nn.Module):
@@ -32,11 +34,10 @@ class Branch(nn.Module):
 
 class Two(nn.Module):
   @nn.compact
-  def __call__(self, image, *, gain=None, bias=None, train=False):
+  def __call__(self, image, *, drawn=None, train=False):
     eyes = image.shape[:2]
-    x = image.reshape(-1, *image.shape[2:]) / 255.0
-    if gain is not None:
-      x = x * gain.reshape(-1, 1, 1, 3) + bias.reshape(-1, 1, 1, 3)
+    x = augment.move(image.reshape(-1, *image.shape[2:]), drawn)
+    x = augment.normalise(x, drawn, (0.0,) * 3, (1.0,) * 3, jnp.float32)
     y, z = (Branch(name=n)(x, train).reshape(*eyes, 5) for n in ("first", "second"))
     return y + z, {"y": y, "z": z}
 
@@ -59,10 +60,10 @@ def make(devices, *, trained=("first", "second"), augmentation=MOVING, ema=0.0, 
   params, stats = variables["params"], variables["batch_stats"]
   opt_state = optimizer.init({name: params[name] for name in trained})
   average = jax.tree.map(jnp.copy, params) if ema else None
-  state = State(jnp.zeros((), jnp.int32), params, stats, opt_state, average)
+  state = State(jnp.zeros((), jnp.int32), params, stats, {}, opt_state, average)
   step = make_train_step(
-      model.apply, optimizer, mesh, seed=7, trained=trained, answers=("logits", "y", "z"),
-      loss=LOSS, augmentation=augmentation, ema=ema,
+      model.apply, optimizer, mesh, state=state, seed=7, trained=trained,
+      answers=("logits", "y", "z"), loss=LOSS, augmentation=augmentation, ema=ema,
   )  # fmt: skip
   return step, jax.device_put(state, sharding.replicated(mesh)), mesh
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from medattn_jax import config
+from medattn_jax import config, continuation
 from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.errors import UserError
@@ -246,7 +246,7 @@ def test_a_config_that_another_version_wrote_is_named(tmp_path):
   checkpoints.save(1, {"w": np.zeros(2)}, {"step": 1, "config": {"seed": 0}})
   checkpoints.wait()
   with pytest.raises(UserError, match=r"the run that is there: phases is missing"):
-    loop.refuse_strangers(Workdir(tmp_path), page, checkpoints)
+    continuation.refuse_strangers(Workdir(tmp_path), page, checkpoints)
   assert not (tmp_path / "config.json").exists()
 
 

@@ -10,25 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, UInt8
 
-from medattn_jax import contrast, crops
+from medattn_jax import augment, contrast, crops
 from medattn_jax.models.attention import AttentionNet
 from medattn_jax.models.norm import Array, ConvBN
-
-
-def normalise(x: Array, gain: Array | None, bias: Array | None, mean, std, dtype) -> Array:
-  """((x · gain + bias) - mean) / std as one multiply-add.
-
-  Args:
-    x: [P, 2, …, 3]; uint8 counts as 255ths.
-    gain, bias: float32 [P, 2, 3], the photometric augmentation; None for none.
-    mean, std: three numbers each.
-  """
-  unit = 1 / 255 if x.dtype == jnp.uint8 else 1.0
-  std = jnp.asarray(std, jnp.float32)
-  gain = (1.0 if gain is None else gain) * unit / std
-  offset = ((0.0 if bias is None else bias) - jnp.asarray(mean, jnp.float32)) / std
-  spread = lambda a: a.reshape(*a.shape[:-1], *(1,) * (x.ndim - 3), 3) if a.ndim > 1 else a
-  return (x.astype(jnp.float32) * spread(gain) + spread(offset)).astype(dtype)
 
 
 class MainNet(nn.Module):
@@ -110,13 +94,13 @@ class MNet(nn.Module):
       self.dtype)
 
   def __call__(
-    self, image: UInt8[Array, "p 2 full full 3"], *, gain: Float[Array, "p 2 3"] | None = None,
-    bias: Float[Array, "p 2 3"] | None = None, phase: str = "joint", train: bool = False,
+    self, image: UInt8[Array, "p 2 full full 3"], *, drawn: augment.Draw | None = None,
+    phase: str = "joint", train: bool = False,
   ) -> tuple[Float[Array, "p 2 classes"], dict[str, Array]]:
     """Returns (y_M, {"M", "y_M"}); see `ZoomInNet`. The one phase is "joint"."""
     if phase != "joint":
       raise ValueError(f"phase {phase!r}: joint")
-    view, _ = _view(self, image, gain, bias)
+    view, _ = _view(self, _moved(image, drawn), drawn)
     y, m, _ = self.m_net(view, train)
     return y, {"M": m, "y_M": y}
 
@@ -166,14 +150,14 @@ class ZoomInNet(nn.Module):
     self.c_net = CropNet(self.crop_backbone, self.num_classes, *norm)
 
   def __call__(
-    self, image: UInt8[Array, "p 2 full full 3"], *, gain: Float[Array, "p 2 3"] | None = None,
-    bias: Float[Array, "p 2 3"] | None = None, phase: str = "c", train: bool = False,
+    self, image: UInt8[Array, "p 2 full full 3"], *, drawn: augment.Draw | None = None,
+    phase: str = "c", train: bool = False,
   ) -> tuple[Float[Array, "p 2 classes"], dict[str, Array]]:
     """Answers both eyes of each patient.
 
     Args:
       image: the full image, once; the small view and the crops are made of it here.
-      gain, bias: photometric augmentation, image/255 · gain + bias, before mean and std.
+      drawn: the augmentation of the P·2 images: of the full image, so of view and crops alike.
       phase: "m": M-Net alone; "a": A-Net on a fixed M-Net; "c": all three.
       train: normalise by the batch. A fixed branch never does, and has no gradient.
 
@@ -185,7 +169,8 @@ class ZoomInNet(nn.Module):
     if phase not in ("m", "a", "c"):
       raise ValueError(f"phase {phase!r}: one of m, a, c")
     patients, _, full = image.shape[:3]
-    view, means = _view(self, image, gain, bias)
+    image = _moved(image, drawn)
+    view, means = _view(self, image, drawn)
     y_m, m, pair = self.m_net(view, train and phase != "a")
     if phase == "m":
       return y_m, {"M": m, "y_M": y_m}
@@ -209,7 +194,7 @@ class ZoomInNet(nn.Module):
     if means is not None:
       patches = contrast.subtract_crops(
         patches.astype(jnp.float32) / 255, means, first, full, self.local_gain)
-    patches = normalise(apart(patches), gain, bias, self.mean, self.std, self.dtype)
+    patches = augment.normalise(apart(patches), drawn, self.mean, self.std, self.dtype)
     y_c = self.c_net(patches, pair, train)
     return y_m + y_a + y_c, {**out, "y_C": y_c}
 
@@ -237,7 +222,12 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
   return handed
 
 
-def _view(model: MNet | ZoomInNet, image, gain, bias):
+def _moved(image, drawn):
+  """The images [P, 2, s, s, 3], turned and shifted as drawn."""
+  return augment.move(image.reshape(-1, *image.shape[2:]), drawn).reshape(image.shape)
+
+
+def _view(model: MNet | ZoomInNet, image, drawn):
   """The normalised small view [P, 2, s, s, 3] of the full images, and their local means or None."""
   size, means = model.image_size, None
   view = crops.small_view(image.reshape(-1, *image.shape[2:]), size, model.dtype)
@@ -245,4 +235,4 @@ def _view(model: MNet | ZoomInNet, image, gain, bias):
     means = contrast.local_means(view, model.local_width)
     view = contrast.subtract(view, means, model.local_gain)
   view = view.reshape(*image.shape[:2], size, size, 3)
-  return normalise(view, gain, bias, model.mean, model.std, model.dtype), means
+  return augment.normalise(view, drawn, model.mean, model.std, model.dtype), means

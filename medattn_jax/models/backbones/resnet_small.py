@@ -7,7 +7,8 @@ downsampling is a space-to-depth and a matrix product, each 3×3 convolution has
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,16 +31,22 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
 class ResNetSmall(nn.Module):
   """Stages of 3×3 residual blocks at strides 4, 8, 16: 160² gives 10² features.
 
+  With the small stem, for images of 28 to 64 pixels, at strides 2, 4, 8.
+
   Without blocks in the last stage ("resnet_local") a feature sees 48² pixels, not 112². Attention
   needs that: features that see the whole image say no longer *where*.
 
   Attributes:
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
+    stem: "full" or "small".
     widths, blocks: channels and residual blocks of each stage.
     group_size, momentum: of the normalisation.
   """
 
+  STAGES: ClassVar = ("stage0", "stage1", "stage2")
+
   num_classes: int | None = None
+  stem: str = "full"
   widths: tuple[int, ...] = (32, 64, 128)
   blocks: tuple[int, ...] = (0, 1, 1)
   group_size: int | None = None
@@ -47,20 +54,30 @@ class ResNetSmall(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
-    """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
+  def __call__(
+    self, x: Float[Array, "b h w 3"], train: bool = False, *, chance: Array | None = None,
+    stage: Callable[[str, Array], Array] | None = None,
+  ):
+    """Returns (logits [B, classes] float32 or None, {"features", "pooled"}).
+
+    `stage` may change the features of each of STAGES; `chance` is for networks with dropout.
+    """
+    del chance
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, dtype=self.dtype)
     x = x.astype(self.dtype)
-    for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
-      x = space_to_depth(x, 2 if stage else 4)
-      x = unit(width, name=f"down{stage}")(x, train)
+    first = 2 if self.stem == "small" else 4
+    for number, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+      x = space_to_depth(x, 2 if number else first)
+      x = unit(width, name=f"down{number}")(x, train)
       for block in range(blocks):
-        y = unit(width, (3, 3), name=f"stage{stage}_{block}_1")(x, train)
+        y = unit(width, (3, 3), name=f"stage{number}_{block}_1")(x, train)
         # A gamma of zero: every block starts as the identity.
         y = unit(width, (3, 3), relu=False, scale_init=nn.initializers.zeros,
-                 name=f"stage{stage}_{block}_2")(y, train)
+                 name=f"stage{number}_{block}_2")(y, train)
         x = nn.relu(x + y)
+      if stage is not None:
+        x = stage(self.STAGES[number], x)
     pooled = x.astype(jnp.float32).mean((1, 2))
     logits = None if self.num_classes is None else nn.Dense(self.num_classes, name="fc")(pooled)
     return logits, {"features": x, "pooled": pooled}
