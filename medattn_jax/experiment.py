@@ -259,7 +259,8 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
           f"{nearest(config.model[key], list(models.BACKBONES))}; "
           f"accepted: {', '.join(models.BACKBONES)}"
       )
-    least = models.SMALLEST.get(config.model[key], 1)
+    small = name == "global_attention" and config.model.stem == "small"
+    least = 16 if small else models.SMALLEST.get(config.model[key], 1)
     group, _, member = size.partition(".")
     if config[group][member] < least:
       raise UserError(

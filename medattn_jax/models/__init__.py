@@ -13,9 +13,13 @@ import jax.numpy as jnp
 from medattn_jax.errors import UserError, nearest
 from medattn_jax.models import global_attention, pixel_classifier, zoom_in_net
 from medattn_jax.models.backbones.cnn import CNN
+from medattn_jax.models.backbones.densenet import DenseNet
+from medattn_jax.models.backbones.googlenet import GoogLeNet
 from medattn_jax.models.backbones.inception_resnet_v2 import InceptionResNetV2
 from medattn_jax.models.backbones.inception_v3 import InceptionV3
+from medattn_jax.models.backbones.resnet import ResNet
 from medattn_jax.models.backbones.resnet_small import ResNetSmall
+from medattn_jax.models.backbones.vgg import VGG16
 from medattn_jax.models.global_attention import GlobalAttention, Joint
 from medattn_jax.models.zoom_in_net import MNet, ZoomInNet
 
@@ -25,16 +29,27 @@ BACKBONES = {
   "inception_v3": InceptionV3,
   "resnet_small": ResNetSmall,
   "resnet_local": functools.partial(ResNetSmall, blocks=(0, 1, 0)),
+  "googlenet": GoogLeNet,
+  "vgg16": VGG16,
+  "vgg16_bn": functools.partial(VGG16, norm=True),
+  "resnet18": ResNet,
+  "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
+  "densenet121": DenseNet,
 }
 
-# What M-Net asks of a backbone beyond its name: to end where the paper splits it.
-TRUNKS = {"inception_resnet_v2": {"final_conv": False}}
+# What M-Net asks of a backbone beyond its name: to end where the paper splits it, or in features.
+TRUNKS = {
+  "inception_resnet_v2": {"final_conv": False}, "vgg16": {"hidden": None},
+  "vgg16_bn": {"hidden": None}}
 
 # Heads that a backbone has in training beside its own.
 AUXILIARY = {"googlenet": ("aux1", "aux2")}
 
 # The smallest picture, in pixels a side, of which a backbone leaves features; of the others 1.
-SMALLEST = {"inception_resnet_v2": 75, "inception_v3": 75}
+# (With stem="small" 16 is enough for any that has it.)
+SMALLEST = {
+  "inception_resnet_v2": 75, "inception_v3": 75, "googlenet": 15, "vgg16": 32, "vgg16_bn": 32,
+  "densenet121": 29}
 
 # Phases in order, and the branches trained in each.
 PHASES = {
@@ -175,7 +190,8 @@ def backbone(name: str, num_classes: int | None = None, **options: Any) -> nn.Mo
   """A backbone by itself: net.apply(variables, x, train=False) → (logits, out).
 
   x is float [B, H, W, 3]; logits float32 [B, num_classes], None without classes; out holds
-  "features" [B, h, w, c] and "pooled" [B, d] float32. `options`: group_size, momentum, dtype.
+  "features" [B, h, w, c] and "pooled" [B, d] float32. `options`: group_size, momentum, dtype,
+  and what else the backbone's class lists.
 
   Raises:
     UserError: an unknown name.

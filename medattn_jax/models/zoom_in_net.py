@@ -213,6 +213,9 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
     return variables
   handed = {}
   for kind, branches in variables.items():
+    if "backbone" not in branches.get("c_net", {}) or "backbone" not in branches["m_net"]:
+      handed[kind] = branches  # batch_stats, of a backbone that normalises nothing
+      continue
     own, given = branches["c_net"]["backbone"], branches["m_net"]["backbone"]
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     alike = [name for name in own if name in given and shapes(own[name]) == shapes(given[name])]

@@ -19,7 +19,7 @@ def draw_variables():
       return (size * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return {name: jax.tree_util.tree_map_with_path(one, shapes[name])
+    return {name: jax.tree_util.tree_map_with_path(one, shapes.get(name, {}))
             for name in ("params", "batch_stats")}
 
   return draw

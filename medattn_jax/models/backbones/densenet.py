@@ -1,0 +1,109 @@
+"""DenseNet (Huang et al. 2017) of 121 layers, one of the backbones of papers.md §2.
+
+Layout, names and numbers are those of torchvision's published weights: normalisation and ReLU come
+before each convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Float, Key
+
+from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
+
+
+class DenseLayer(nn.Module):
+  """All features so far → `growth` more, by a 1×1 convolution to 4·growth and a 3×3."""
+
+  conv: Callable
+  norm: Callable
+  growth: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w growth"]:
+    y = nn.relu(self.norm(name="norm1")(x, train))
+    y = self.conv(4 * self.growth, name="conv1")(y)
+    y = nn.relu(self.norm(name="norm2")(y, train))
+    return self.conv(self.growth, (3, 3), name="conv2")(y)
+
+
+class Transition(nn.Module):
+  """Halves the channels, by a 1×1 convolution, and the grid."""
+
+  conv: Callable
+  norm: Callable
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
+    y = nn.relu(self.norm(name="norm")(x, train))
+    y = self.conv(x.shape[-1] // 2, name="conv")(y)
+    return nn.avg_pool(y, (2, 2), (2, 2))
+
+
+class DenseNet(nn.Module):
+  """224² → features 7² × 1024; small stem: 32² → 4² × 1024.
+
+  The last stage is what the head pools: after the last normalisation and ReLU. The others are the
+  blocks as they are, before the transition.
+
+  Attributes:
+    num_classes: of the dense head `classifier`; None leaves it out (logits are None).
+    blocks: layers of each dense block.
+    growth: features that a layer adds.
+    stem: "full", as published; "small", for 28 to 64 pixels: 3×3 at stride 1, no pool.
+    group_size, momentum: of the normalisation.
+  """
+
+  STAGES: ClassVar[tuple[str, ...]] = (
+    "stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4")
+
+  num_classes: int | None = None
+  blocks: tuple[int, ...] = (6, 12, 24, 16)
+  growth: int = 32
+  stem: str = "full"
+  group_size: int | None = None
+  momentum: float = 0.9
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w 3"], train: bool = False, *,
+    chance: Key[Array, " b"] | None = None, stage: Stage | None = None,
+  ):
+    """Returns (logits [B, classes] float32 or None, {"features", "pooled"}).
+
+    Args:
+      chance: not used: there is no dropout.
+      stage: called once with each of STAGES, in order; see `Stage`.
+    """
+    del chance
+    stage = stage or unchanged
+    conv = functools.partial(Conv, dtype=self.dtype)
+    norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
+    small = is_small(self.stem)
+    size, stride = (3, 1) if small else (7, 2)
+    x = conv(2 * self.growth, (size, size), stride, name="features-conv0")(x)
+    x = nn.relu(norm(name="features-norm0")(x, train))
+    if not small:
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = stage("stem", x)
+    for number, layers in enumerate(self.blocks, 1):
+      block = f"denseblock{number}"
+      for i in range(1, layers + 1):
+        layer = DenseLayer(conv, norm, self.growth, name=f"features-{block}-denselayer{i}")
+        x = jnp.concatenate([x, layer(x, train)], -1)
+      if number < len(self.blocks):
+        x = stage(block, x)
+        x = Transition(conv, norm, name=f"features-transition{number}")(x, train)
+      else:
+        x = stage(block, nn.relu(norm(name="features-norm5")(x, train)))
+    pooled = x.astype(jnp.float32).mean((1, 2))
+    logits = (
+      None if self.num_classes is None else nn.Dense(self.num_classes, name="classifier")(pooled))
+    return logits, {"features": x, "pooled": pooled}

@@ -1,0 +1,32 @@
+"""Pools of ragged and of odd grids are what PyTorch says they are."""
+
+import math
+
+import numpy as np
+import pytest
+
+from medattn_jax.models.pooling import adaptive_average, ceil_max_pool
+
+
+@pytest.mark.parametrize("size, sides", [
+  (3, (7, 8)), (3, (112, 3)), (3, (2, 6)), (2, (7, 8)), (2, (1, 2))])
+def test_ceil_max_pool(size, sides):
+  """Each window's maximum, of negative numbers too: what is beyond the edge has no say."""
+  x = np.random.default_rng(0).normal(-5, 1, (2, *sides, 3)).astype(np.float32)
+  y = ceil_max_pool(x, size)
+  rows, columns = (math.ceil((side - size) / 2) + 1 for side in sides)
+  assert y.shape == (2, rows, columns, 3)
+  for i, j in np.ndindex(rows, columns):
+    window = x[:, 2 * i:2 * i + size, 2 * j:2 * j + size]
+    np.testing.assert_array_equal(y[:, i, j], window.max((1, 2)))
+
+
+@pytest.mark.parametrize("sides", [(14, 7), (9, 5), (4, 4), (1, 3)])
+def test_adaptive_average(sides):
+  x = np.random.default_rng(0).normal(size=(2, *sides, 3)).astype(np.float32)
+  y = adaptive_average(x, 4)
+  assert y.shape == (2, 4, 4, 3)
+  span = lambda i, side: slice(math.floor(i * side / 4), math.ceil((i + 1) * side / 4))
+  for i, j in np.ndindex(4, 4):
+    window = x[:, span(i, sides[0]), span(j, sides[1])]
+    np.testing.assert_allclose(y[:, i, j], window.mean((1, 2)), rtol=1e-5, atol=1e-6)
