@@ -100,6 +100,11 @@ def make_parser() -> Parser:
   add.add_argument("images", nargs="+", metavar="IMAGE")
   add.add_argument("--out", metavar="F.csv", help="instead of standard output")
 
+  add = command("export", export, "write a model as a bundle that needs JAX and safetensors alone")
+  add.add_argument("--workdir", required=True, metavar="D")
+  add.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+  add.add_argument("--step", default="best", metavar="N|best|last")
+
   add = command("prepare", prepare, "make a data set of a raw one")
   add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a labels.csv")
   add.add_argument("--input", required=True, metavar="DIR")
@@ -160,6 +165,13 @@ def predict(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   from medattn_jax import predictor
 
   predictor.run(flags.workdir, flags.images, flags.out)
+
+
+def export(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax import export
+
+  export.run(flags.workdir, flags.out, flags.step)
 
 
 def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:

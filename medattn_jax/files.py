@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 
@@ -27,6 +28,33 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise
   finally:
     aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def placing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a new folder beside `path` to fill; renamed to `path` when the block ends well.
+
+  Nothing may be at `path` but an empty folder: OSError otherwise.
+  """
+  path = pathlib.Path(path).absolute()
+  aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    aside.mkdir(parents=True)
+    try:
+      yield aside
+      for inside, _, names in os.walk(aside):
+        for name in names:
+          with open(os.path.join(inside, name), "rb") as written:
+            os.fsync(written.fileno())
+        sync_directory(inside)
+      os.rename(aside, path)
+    finally:
+      shutil.rmtree(aside, ignore_errors=True)
+    sync_directory(path.parent)
+  except OSError as error:
+    if error.filename is None or str(error.filename).startswith(os.fspath(aside)):
+      error.filename = os.fspath(path)
+    raise
 
 
 def sync_directory(path: str | os.PathLike) -> None:

@@ -27,6 +27,9 @@ def medattn(*arguments):
         (["train", SMOKE, "--workdir=w", "--config.seeed=1"], "did you mean seed"),
         (["evaluate", "--workdir=w", "--limit=3"], "--limit=3"),
         (["explain", "--workdir=w", "--limit=x"], "--limit"),
+        (["export", "--workdir=w"], "--out"),
+        (["export", "--workdir=w", "--out=tests"], "not empty"),
+        (["export", "--workdir=no/such/run", "--out=new"], "no/such/run: no such folder"),
     ],
 )
 def test_mistakes(arguments, words):
@@ -41,7 +44,7 @@ def test_help_names_every_command_within_a_second():
   done = medattn("--help")
   seconds = time.monotonic() - start
   assert done.returncode == 0
-  for command in ("train", "evaluate", "explain", "predict", "prepare", "doctor"):
+  for command in ("train", "evaluate", "explain", "predict", "export", "prepare", "doctor"):
     assert command in done.stdout
   assert "no medical device" in done.stdout
   assert seconds < 1

@@ -34,6 +34,37 @@ def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
   assert lost.value.filename == str(tmp_path / "no" / "a.csv")
 
 
+def test_a_folder_comes_by_one_rename_of_synced_files(tmp_path, monkeypatch):
+  calls = []
+  real = {"fsync": os.fsync, "rename": os.rename}
+  for name in real:
+    monkeypatch.setattr(os, name, lambda *a, name=name: (calls.append(name), real[name](*a))[1])
+  with files.placing(tmp_path / "new" / "folder") as aside:
+    (aside / "below").mkdir()
+    (aside / "below" / "b.txt").write_text("b")
+    (aside / "a.txt").write_text("a")
+    assert not (tmp_path / "new" / "folder").exists()
+  assert calls == ["fsync"] * 4 + ["rename", "fsync"]  # two files, their folders; the one above
+  assert (tmp_path / "new" / "folder" / "below" / "b.txt").read_text() == "b"
+  assert os.listdir(tmp_path / "new") == ["folder"]
+
+
+def test_a_folder_that_fails_is_not_there_and_another_stays_as_it_is(tmp_path):
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "mine.txt").write_text("mine")
+  full = tmp_path / "full"
+  with pytest.raises(OSError, match="not empty") as raised, files.placing(full) as aside:
+    (aside / "a.txt").write_text("a")
+  assert raised.value.filename == str(full)
+  with pytest.raises(KeyboardInterrupt), files.placing(tmp_path / "new") as aside:
+    (aside / "a.txt").write_text("a")
+    raise KeyboardInterrupt
+  with pytest.raises(OSError, match="No space") as raised, files.placing(tmp_path / "new") as aside:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(aside / "a.txt"))
+  assert raised.value.filename == str(tmp_path / "new")
+  assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["mine.txt"]
+
+
 def test_a_write_replaces_by_one_rename_of_a_synced_file(tmp_path, monkeypatch):
   path = tmp_path / "a.txt"
   path.write_text("old")
