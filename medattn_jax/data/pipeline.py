@@ -126,7 +126,7 @@ def photographs(
   if asked.size and not 0 <= asked.min() <= asked.max() < count:
     raise IndexError(f"photographs {asked.min()} to {asked.max()} of {count}")
   form = _Form(full_size, channels, pairs=False, evaluation=False)
-  source = tf.data.Dataset.from_tensor_slices(asked)
+  source = tf.data.Dataset.from_tensor_slices(asked).batch(form.chunk)
   return (one["image"] for one in _photographs(dataset, split, source, form, threads, ahead=16))
 
 
@@ -189,6 +189,14 @@ class _Form:
   def eyes(self) -> int:
     return 2 if self.pairs else 1
 
+  @property
+  def chunk(self) -> int:
+    """How many single photographs are read at once, the more the smaller they are.
+
+    A step of tf.data costs many times what decoding a photograph of 48² pixels does.
+    """
+    return min(64, max(1, 2**19 // (self.size**2 * self.channels)))
+
 
 def _batches(
   dataset: DataSet,
@@ -202,8 +210,14 @@ def _batches(
 
   Numbers from the end of the split on are padding.
   """
-  wanted = tf.TensorSpec([rows], tf.int64)
-  source = tf.data.Dataset.from_generator(numbers, output_signature=wanted).unbatch()
+  if form.pairs:
+    wanted = tf.TensorSpec([rows], tf.int64)
+    source = tf.data.Dataset.from_generator(numbers, output_signature=wanted).unbatch()
+  else:
+    starts = range(0, rows, form.chunk)
+    chunks = lambda: (row[first : first + form.chunk] for row in numbers() for first in starts)
+    wanted = tf.TensorSpec([None], tf.int64)
+    source = tf.data.Dataset.from_generator(chunks, output_signature=wanted)
   two_batches = 2 * rows * form.eyes
   stream = _photographs(dataset, split, source, form, threads, ahead=two_batches)
   return _assembled(stream, rows, form)
@@ -217,7 +231,11 @@ def _photographs(
   threads: int | None,
   ahead: int,
 ) -> Iterator[Batch]:
-  """The photographs of the rows whose numbers `source` has, one by one, in order."""
+  """The photographs of the rows whose numbers `source` has, one by one, in order.
+
+  Its elements are numbers, or for single photographs chunks of them. At least `ahead` photographs
+  are fetched ahead.
+  """
   records = dataset.records(split)
   places = None if form.pairs else dataset.places(split)
   last = len(records if form.pairs else places) - 1
@@ -233,8 +251,7 @@ def _photographs(
       damage.append(error)
       raise
 
-  def example(number: tf.Tensor) -> dict[str, tf.Tensor]:
-    record = tf.numpy_function(fetch, [number], tf.string, stateful=False)
+  def example(number: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
     parsed = tf.io.parse_single_example(tf.ensure_shape(record, []), spec)
     count = tf.shape(parsed["levels"], tf.int64)[0]
     if form.pairs:
@@ -267,23 +284,45 @@ def _photographs(
                     lambda: _decoded(content, dataset, form))
     return {**photograph, "image": image}
 
+  def both(number: tf.Tensor) -> dict[str, tf.Tensor]:
+    return example(number, tf.numpy_function(fetch, [number], tf.string, stateful=False))
+
+  def single(row: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
+    one = {key: value[0] for key, value in example(*row).items()}
+    return {**one, "image": _decoded(one["image"], dataset, form)}
+
+  def chunk(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
+    fetched = lambda numbers: np.array([fetch(number) for number in numbers], object)
+    read = tf.numpy_function(fetched, [numbers], tf.string, stateful=False)
+    made = {"image": tf.TensorSpec([form.size, form.size, form.channels], tf.uint8),
+            "level": tf.TensorSpec([], tf.int32), "mask": tf.TensorSpec([], tf.float32)}
+    if form.evaluation:
+      made |= dict.fromkeys(("patient", "image_id", "eye"), tf.TensorSpec([], tf.string))
+      made["boxes"] = tf.TensorSpec([most, 4], tf.float32)
+      made["box_type"] = tf.TensorSpec([most], tf.int32)
+    return tf.map_fn(single, (numbers, tf.ensure_shape(read, [None])), fn_output_signature=made)
+
   options = tf.data.Options()
   options.deterministic = True
   if threads:
     options.threading.private_threadpool_size = threads
   parallel = threads or tf.data.AUTOTUNE
-  stream = (
-    source.map(example, num_parallel_calls=parallel)
-    .unbatch()
-    .map(decoded, num_parallel_calls=parallel)
-    .prefetch(ahead)
-    .with_options(options)
-  )
+  if form.pairs:
+    stream = source.map(both, num_parallel_calls=parallel).unbatch()
+    stream = stream.map(decoded, num_parallel_calls=parallel).prefetch(ahead)
+  else:
+    stream = source.map(chunk, num_parallel_calls=parallel).prefetch(-(-ahead // form.chunk))
+  stream = stream.with_options(options)
   broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
   def iterate() -> Iterator[Batch]:
     try:
-      yield from stream.as_numpy_iterator()
+      for read in stream.as_numpy_iterator():
+        if form.pairs:
+          yield read
+          continue
+        for place in range(len(read["level"])):
+          yield {key: value[place] for key, value in read.items()}
     except broken as error:
       if damage:
         raise damage[0] from None
