@@ -106,10 +106,12 @@ def make_parser() -> Parser:
   add.add_argument("--step", default="best", metavar="N|best|last")
 
   add = command("prepare", prepare, "make a data set of a raw one")
-  add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a labels.csv")
-  add.add_argument("--input", required=True, metavar="DIR")
+  add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a "
+                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv")
+  add.add_argument("--input", required=True, metavar="DIR", help="or the .npz, the fer2013.csv")
   add.add_argument("--data-dir", required=True, metavar="DIR")
-  add.add_argument("--full-size", type=int, default=1230, metavar="PIXELS")
+  add.add_argument("--full-size", type=int, metavar="PIXELS",
+                   help="of the stored photographs; 1230, and with npz and fer2013 their own")
   add.add_argument("--workers", type=int, metavar="N", help="processes; the cores by default")
   add.add_argument("--seed", type=int, default=0, metavar="N", help="of the split of the patients")
 

@@ -3,109 +3,27 @@
 A training batch is a function of (seed, step) alone: the rows of step s are places s·B … s·B+B-1
 of an endless stream of epochs, each epoch's order is drawn from (seed, epoch), and a run starts at
 any step without reading what it skips. Decoding runs in parallel and in order.
+
+A row of a batch is a patient with both eyes, or (pairs=False) a single photograph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import pathlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from medattn_jax import console
-from medattn_jax.data import datasets, schema
-from medattn_jax.data.backend import tf, tfds
-from medattn_jax.data.datasets import prepared
+from medattn_jax.data.backend import tf
+from medattn_jax.data.stored import DataSet, open_dataset
 from medattn_jax.errors import UserError
 
+__all__ = ["Batch", "DataSet", "epoch_order", "eval_batches", "open_dataset", "photographs"]
+__all__ += ["train_batches"]
+
 Batch = dict[str, np.ndarray]
-
-
-class DataSet:
-  """A data set on disk, checked against its index.
-
-  Attributes:
-    name: the set's name. folder: where it lies. full_size: side of the stored photographs.
-    splits: {split: number of examples}. max_boxes: the most boxes of one photograph, at least 1.
-    about: what the set was made from.
-  """
-
-  def __init__(self, folder: pathlib.Path):
-    index = prepared.read_index(folder)
-    self.folder = folder
-    self.name: str = index["name"]
-    self.full_size: int = index["full_size"]
-    self.max_boxes: int = index["boxes"]
-    self.about: Mapping[str, Any] = index["about"]
-    self._words = {split: words.split() for split, words in index["levels"].items()}
-    self.splits = {split: len(words) for split, words in self._words.items()}
-
-  def levels(self, split: str) -> np.ndarray:
-    """int32 [n, 2]: the levels of every example's photographs, -1 where there is none."""
-    return self._levels(self.check(split))
-
-  def records(self, split: str) -> prepared.Records:
-    """The serialized examples of a split."""
-    return self._records(self.check(split))
-
-  def check(self, split: str) -> str:
-    """Returns `split`. Raises UserError where the set has no such split."""
-    if split not in self.splits:
-      raise UserError(f"data set {self.name} in {self.folder} has no split {split!r}, only "
-                      f"{', '.join(self.splits)}")
-    return split
-
-  @functools.cache  # noqa: B019  a set lives as long as its run
-  def _levels(self, split: str) -> np.ndarray:
-    rows = [[-1 if c == "-" else int(c) for c in word] for word in self._words[split]]
-    levels = np.array(rows, np.int32).reshape(-1, 2)
-    levels.setflags(write=False)
-    return levels
-
-  @functools.cache  # noqa: B019
-  def _records(self, split: str) -> prepared.Records:
-    try:
-      builder = tfds.builder_from_directory(str(self.folder))
-    except Exception as error:
-      raise UserError(f"{self.folder} cannot be opened: {error}") from None
-    return prepared.Records(builder, split)
-
-
-def open_dataset(
-  name: str,
-  data_dir: str | pathlib.Path | None,
-  *,
-  full_size: int,
-  synthetic: Mapping[str, Any] | None = None,
-) -> DataSet:
-  """Opens the set `name` below `data_dir`; a drawn one is drawn first where it is not there yet.
-
-  Args:
-    name: a name of datasets.NAMES, or a folder: of `medattn prepare --data-dir`, or the set's own.
-    data_dir: the TFDS data_dir (what `--data-dir` named). Unused where `name` is a folder.
-    full_size: pixels the batches will have; another stored size is resized while reading.
-    synthetic: for a drawn set, the numbers {seed, train, validation, test}.
-
-  Raises:
-    UserError: unknown name, nothing prepared there, or damage; the message says what to do.
-  """
-  if name in datasets.DRAWN:
-    folder = _draw(pathlib.Path(data_dir), full_size, synthetic)
-  elif name in datasets.NAMES:
-    folder = pathlib.Path(data_dir) / name / schema.VERSION
-    if not folder.is_dir():
-      raise UserError(f"no data set {name} in {data_dir}: make it with `medattn prepare "
-                      f"--source={name} --input=DIR --data-dir={data_dir}`")
-  else:
-    folder = datasets.find(name)
-  dataset = DataSet(folder)
-  if dataset.full_size != full_size:
-    console.say(f"data set {dataset.name} is stored at {dataset.full_size} pixels; its "
-                f"photographs are resized to {full_size} while they are read")
-  return dataset
 
 
 def train_batches(
@@ -117,6 +35,8 @@ def train_batches(
   seed: int,
   start_step: int,
   balanced: bool = False,
+  pairs: bool = True,
+  channels: int = 3,
   process_index: int = 0,
   process_count: int = 1,
   threads: int | None = None,
@@ -124,19 +44,21 @@ def train_batches(
   """Endless batches from step `start_step` on: this process's rows of the global batch.
 
   Args:
-    batch_size: patients of the global batch; each process has batch_size / process_count of them.
+    batch_size: rows of the global batch; each process has batch_size / process_count of them.
     balanced: draws with replacement so that every level (the patient's higher one) is as frequent.
+    pairs: a row is a patient, E = 2 eyes; else a photograph, E = 1, each by itself.
+    channels: 3, or 1 for gray; a photograph stored otherwise is converted.
     threads: size of a private pool; TensorFlow's own by default.
 
   Yields:
-    image uint8 [b, 2, F, F, 3]; level int32 [b, 2]; mask float32 [b, 2], 0 for a missing fellow
-    eye, which is a copy of the own eye.
+    image uint8 [b, E, F, F, channels]; level int32 [b, E]; mask float32 [b, E], 0 for a missing
+    fellow eye, which is a copy of the own eye.
 
   Raises:
     UserError: a split that is not there, or (while iterating) damage, naming the file.
   """
   rows = _share(batch_size, process_index, process_count)
-  levels = dataset.levels(split)
+  levels = dataset.levels(split) if pairs else dataset.photo_levels(split)[:, None]
 
   def numbers() -> Iterator[np.ndarray]:
     drawn = functools.lru_cache(2)(
@@ -149,7 +71,8 @@ def train_batches(
       yield np.array([drawn(int(e))[i] for e, i in zip(epochs, within, strict=True)])
       step += 1
 
-  return _batches(dataset, split, numbers, len(rows), full_size, threads, evaluation=False)
+  form = _Form(full_size, channels, pairs, evaluation=False)
+  return _batches(dataset, split, numbers, len(rows), form, threads)
 
 
 def eval_batches(
@@ -158,25 +81,53 @@ def eval_batches(
   *,
   batch_size: int,
   full_size: int,
+  pairs: bool = True,
+  channels: int = 3,
   process_index: int = 0,
   process_count: int = 1,
   threads: int | None = None,
 ) -> Iterator[Batch]:
-  """Every example once, in stored order; the last batch is padded.
+  """Every example (or photograph: `pairs`) once, in stored order; the last batch is padded.
 
   Yields, beside the arrays of train_batches:
-    patient [b] str, image_id [b, 2] str, eye [b, 2] str (object arrays; "" where padded);
-    boxes float32 [b, 2, K, 4] in the full_size frame; box_type int32 [b, 2, K], -1 where padded;
+    patient [b] str, image_id [b, E] str, eye [b, E] str (object arrays; "" where padded);
+    boxes float32 [b, E, K, 4] in the full_size frame; box_type int32 [b, E, K], -1 where padded;
     K = dataset.max_boxes. Padding has mask 0 and patient "".
   """
   rows = _share(batch_size, process_index, process_count)
-  count = len(dataset.levels(split))
+  count = len(dataset.levels(split) if pairs else dataset.photo_levels(split))
 
   def numbers() -> Iterator[np.ndarray]:
     for first in range(0, count, batch_size):
       yield np.arange(first + rows.start, first + rows.stop)
 
-  return _batches(dataset, split, numbers, len(rows), full_size, threads, evaluation=True)
+  form = _Form(full_size, channels, pairs, evaluation=True)
+  return _batches(dataset, split, numbers, len(rows), form, threads)
+
+
+def photographs(
+  dataset: DataSet,
+  split: str,
+  numbers: Sequence[int] | np.ndarray,
+  *,
+  full_size: int,
+  channels: int,
+  threads: int | None = None,
+) -> Iterator[np.ndarray]:
+  """The photographs with these numbers (see DataSet), in the order asked, each as often as asked.
+
+  Yields:
+    uint8 [F, F, channels], read-only.
+
+  Raises:
+    UserError: as train_batches does. IndexError: a number beyond the split.
+  """
+  asked, count = np.asarray(numbers, np.int64).reshape(-1), len(dataset.photo_levels(split))
+  if asked.size and not 0 <= asked.min() <= asked.max() < count:
+    raise IndexError(f"photographs {asked.min()} to {asked.max()} of {count}")
+  form = _Form(full_size, channels, pairs=False, evaluation=False)
+  source = tf.data.Dataset.from_tensor_slices(asked).batch(form.chunk)
+  return (one["image"] for one in _photographs(dataset, split, source, form, threads, ahead=16))
 
 
 def epoch_order(
@@ -184,8 +135,8 @@ def epoch_order(
 ) -> np.ndarray:
   """The example numbers of one epoch, int64 [count], from (seed, epoch).
 
-  A permutation; or, given levels int [count, 2], draws with replacement in which every level that
-  occurs (an example's is the higher of its eyes) is equally likely.
+  A permutation; or, given levels int [count, E], draws with replacement in which every level that
+  occurs (an example's is the highest of its eyes) is equally likely.
   """
   chance = np.random.default_rng([seed % 2**63, epoch])
   if levels is None:
@@ -197,25 +148,6 @@ def epoch_order(
   sizes = np.array([len(m) for m in members])
   starts = np.cumsum(sizes) - sizes
   return np.concatenate(members)[starts[chosen] + (place * sizes[chosen]).astype(np.int64)]
-
-
-def _draw(data_dir: pathlib.Path, size: int, numbers: Mapping[str, Any]) -> pathlib.Path:
-  """The folder of the drawn set of `numbers`, drawn and indexed where it is not there yet."""
-  from medattn_jax.data.datasets import synthetic_fundus
-
-  try:
-    builder = synthetic_fundus.build(data_dir, size=size, **numbers)
-  except (UserError, OSError):
-    raise
-  except Exception as error:  # whatever TFDS makes of a damaged dataset_info.json
-    raise UserError(f"{data_dir / 'synthetic_fundus'} is damaged ({error}): remove it, it is drawn "
-                    "again") from None
-  folder = pathlib.Path(builder.data_dir)
-  if not (folder / prepared.INDEX).exists():
-    with prepared.exclusive(folder.parent / ".index.lock", wait=True):
-      if not (folder / prepared.INDEX).exists():
-        prepared.write_index(builder, folder, {"source": "drawn", "size": size, **numbers})
-  return folder
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> range:
@@ -240,72 +172,157 @@ _SPEC = {
 }
 
 
-def _batches(dataset, split, numbers, rows, size, threads, evaluation) -> Iterator[Batch]:
-  """Batches of the examples that `numbers` (arrays of `rows` example numbers) asks for.
+@dataclasses.dataclass(frozen=True)
+class _Form:
+  """How photographs are to be had: see train_batches; `evaluation`: with names and boxes."""
+
+  size: int
+  channels: int
+  pairs: bool
+  evaluation: bool
+
+  def __post_init__(self):
+    if self.channels not in (1, 3):
+      raise UserError(f"data.channels is {self.channels}: 1 (gray) and 3 (colour) are accepted")
+
+  @property
+  def eyes(self) -> int:
+    return 2 if self.pairs else 1
+
+  @property
+  def chunk(self) -> int:
+    """How many single photographs are read at once, the more the smaller they are.
+
+    A step of tf.data costs many times what decoding a photograph of 48² pixels does.
+    """
+    return min(64, max(1, 2**19 // (self.size**2 * self.channels)))
+
+
+def _batches(
+  dataset: DataSet,
+  split: str,
+  numbers: Callable[[], Iterator[np.ndarray]],
+  rows: int,
+  form: _Form,
+  threads: int | None,
+) -> Iterator[Batch]:
+  """Batches of the rows that `numbers` (arrays of `rows` row numbers) asks for.
 
   Numbers from the end of the split on are padding.
   """
+  if form.pairs:
+    wanted = tf.TensorSpec([rows], tf.int64)
+    source = tf.data.Dataset.from_generator(numbers, output_signature=wanted).unbatch()
+  else:
+    starts = range(0, rows, form.chunk)
+    chunks = lambda: (row[first : first + form.chunk] for row in numbers() for first in starts)
+    wanted = tf.TensorSpec([None], tf.int64)
+    source = tf.data.Dataset.from_generator(chunks, output_signature=wanted)
+  two_batches = 2 * rows * form.eyes
+  stream = _photographs(dataset, split, source, form, threads, ahead=two_batches)
+  return _assembled(stream, rows, form)
+
+
+def _photographs(
+  dataset: DataSet,
+  split: str,
+  source: tf.data.Dataset,
+  form: _Form,
+  threads: int | None,
+  ahead: int,
+) -> Iterator[Batch]:
+  """The photographs of the rows whose numbers `source` has, one by one, in order.
+
+  Its elements are numbers, or for single photographs chunks of them. At least `ahead` photographs
+  are fetched ahead.
+  """
   records = dataset.records(split)
+  places = None if form.pairs else dataset.places(split)
+  last = len(records if form.pairs else places) - 1
   damage: list[UserError] = []
-  stored, most = dataset.full_size, dataset.max_boxes
-  spec = _SPEC if evaluation else {key: _SPEC[key] for key in ("images", "levels")}
+  most, scale = dataset.max_boxes, form.size / dataset.full_size
+  spec = _SPEC if form.evaluation else {key: _SPEC[key] for key in ("images", "levels")}
 
   def fetch(number: np.ndarray) -> bytes:
+    row = min(int(number), last)
     try:
-      return records[min(int(number), len(records) - 1)]
+      return records[row if form.pairs else int(places[row, 0])]
     except UserError as error:
       damage.append(error)
       raise
 
-  def example(number: tf.Tensor) -> dict[str, tf.Tensor]:
-    record = tf.numpy_function(fetch, [number], tf.string, stateful=False)
+  def example(number: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
     parsed = tf.io.parse_single_example(tf.ensure_shape(record, []), spec)
-    eyes = tf.shape(parsed["levels"])[0]
-    there = tf.stack([True, eyes > 1])
-    real = there & (number < len(records))
-    pair = lambda values: tf.ensure_shape(tf.gather(values, tf.stack([0, eyes - 1])), [2])
+    count = tf.shape(parsed["levels"], tf.int64)[0]
+    if form.pairs:
+      own = tf.constant([0, 1], tf.int64)
+    else:
+      own = tf.gather(tf.constant(places[:, 1]), tf.minimum(number, last))[None]
+    there = own < count
+    real = there & (number <= last)
+    eye = lambda values: tf.ensure_shape(tf.gather(values, tf.minimum(own, count - 1)), own.shape)
     made = {
-      "image": tf.where(there, pair(parsed["images"]), ""),
-      "level": tf.cast(pair(parsed["levels"]), tf.int32),
+      "image": tf.where(there, eye(parsed["images"]), ""),
+      "level": tf.cast(eye(parsed["levels"]), tf.int32),
       "mask": tf.cast(real, tf.float32),
     }
-    if evaluation:
+    if form.evaluation:
       named = lambda values: tf.where(real, values, "")
-      made["patient"] = tf.fill([2], named(parsed["patient"])[0])
-      made["image_id"] = named(pair(parsed["image_ids"]))
-      made["eye"] = named(pair(parsed["eyes"]))
-      kept = [real[eye] & (parsed["boxes/eye"] == eye) for eye in range(2)]
-      scaled = parsed["boxes/box"] * (size / stored)
-      made["boxes"] = tf.stack([_padded(scaled[own], most, 0) for own in kept])
+      made["patient"] = tf.fill([form.eyes], named(parsed["patient"])[0])
+      made["image_id"] = named(eye(parsed["image_ids"]))
+      made["eye"] = named(eye(parsed["eyes"]))
+      kept = [real[i] & (parsed["boxes/eye"] == own[i]) for i in range(form.eyes)]
+      scaled = parsed["boxes/box"] * scale
+      made["boxes"] = tf.stack([_padded(scaled[mine], most, 0) for mine in kept])
       types = tf.cast(parsed["boxes/type"], tf.int32)
-      made["box_type"] = tf.stack([_padded(types[own], most, -1) for own in kept])
+      made["box_type"] = tf.stack([_padded(types[mine], most, -1) for mine in kept])
     return made
 
   def decoded(photograph: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    jpeg = photograph["image"]
-    image = tf.cond(jpeg == "", lambda: tf.zeros([0, 0, 3], tf.uint8),
-                    lambda: _decoded(jpeg, stored, size))
+    content = photograph["image"]
+    image = tf.cond(content == "", lambda: tf.zeros([0, 0, form.channels], tf.uint8),
+                    lambda: _decoded(content, dataset, form))
     return {**photograph, "image": image}
+
+  def both(number: tf.Tensor) -> dict[str, tf.Tensor]:
+    return example(number, tf.numpy_function(fetch, [number], tf.string, stateful=False))
+
+  def single(row: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
+    one = {key: value[0] for key, value in example(*row).items()}
+    return {**one, "image": _decoded(one["image"], dataset, form)}
+
+  def chunk(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
+    fetched = lambda numbers: np.array([fetch(number) for number in numbers], object)
+    read = tf.numpy_function(fetched, [numbers], tf.string, stateful=False)
+    made = {"image": tf.TensorSpec([form.size, form.size, form.channels], tf.uint8),
+            "level": tf.TensorSpec([], tf.int32), "mask": tf.TensorSpec([], tf.float32)}
+    if form.evaluation:
+      made |= dict.fromkeys(("patient", "image_id", "eye"), tf.TensorSpec([], tf.string))
+      made["boxes"] = tf.TensorSpec([most, 4], tf.float32)
+      made["box_type"] = tf.TensorSpec([most], tf.int32)
+    return tf.map_fn(single, (numbers, tf.ensure_shape(read, [None])), fn_output_signature=made)
 
   options = tf.data.Options()
   options.deterministic = True
   if threads:
     options.threading.private_threadpool_size = threads
   parallel = threads or tf.data.AUTOTUNE
-  photographs = (
-    tf.data.Dataset.from_generator(numbers, output_signature=tf.TensorSpec([rows], tf.int64))
-    .unbatch()
-    .map(example, num_parallel_calls=parallel)
-    .unbatch()
-    .map(decoded, num_parallel_calls=parallel)
-    .prefetch(4 * rows)  # two batches
-    .with_options(options)
-  )
+  if form.pairs:
+    stream = source.map(both, num_parallel_calls=parallel).unbatch()
+    stream = stream.map(decoded, num_parallel_calls=parallel).prefetch(ahead)
+  else:
+    stream = source.map(chunk, num_parallel_calls=parallel).prefetch(-(-ahead // form.chunk))
+  stream = stream.with_options(options)
   broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
   def iterate() -> Iterator[Batch]:
     try:
-      yield from _assembled(photographs.as_numpy_iterator(), rows, size)
+      for read in stream.as_numpy_iterator():
+        if form.pairs:
+          yield read
+          continue
+        for place in range(len(read["level"])):
+          yield {key: value[place] for key, value in read.items()}
     except broken as error:
       if damage:
         raise damage[0] from None
@@ -315,20 +332,21 @@ def _batches(dataset, split, numbers, rows, size, threads, evaluation) -> Iterat
   return iterate()
 
 
-def _assembled(photographs: Iterator[Batch], rows: int, size: int) -> Iterator[Batch]:
-  """Batches of `rows` pairs from single photographs.
+def _assembled(stream: Iterator[Batch], rows: int, form: _Form) -> Iterator[Batch]:
+  """Batches of `rows` rows from single photographs.
 
   By numpy and not by tf.data: its batches cost a second copy for the pair, and page faults for a
   fresh buffer each time (together two thirds of what decoding costs).
   """
-  buffers = _Buffers((rows, 2, size, size, 3))
-  for first in photographs:
+  shape = (rows, form.eyes)
+  buffers = _Buffers((*shape, form.size, form.size, form.channels))
+  for first in stream:
     batch = {"image": buffers.take()}
     for key in (key for key in first if key not in batch):
       text = isinstance(first[key], bytes)
-      batch[key] = np.empty((rows, 2, *np.shape(first[key])), object if text else first[key].dtype)
-    for place in np.ndindex(rows, 2):
-      photograph = next(photographs) if any(place) else first
+      batch[key] = np.empty((*shape, *np.shape(first[key])), object if text else first[key].dtype)
+    for place in np.ndindex(shape):
+      photograph = next(stream) if any(place) else first
       for key, value in photograph.items():
         if key == "image" and not value.size:
           value = batch["image"][place[0], 0]
@@ -368,10 +386,19 @@ def _padded(values: tf.Tensor, length: int, fill: int) -> tf.Tensor:
   return tf.ensure_shape(padded, [length, *values.shape[1:]])
 
 
-def _decoded(jpeg: tf.Tensor, stored: int, size: int) -> tf.Tensor:
-  """uint8 [size, size, 3] of a JPEG of `stored` pixels a side."""
-  image = tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-  image = tf.ensure_shape(image, [stored, stored, 3])
+def _decoded(content: tf.Tensor, dataset: DataSet, form: _Form) -> tf.Tensor:
+  """uint8 [size, size, channels] of an encoded photograph of the set."""
+  if dataset.encoding == "jpeg":
+    image = tf.io.decode_jpeg(content, channels=form.channels, dct_method="INTEGER_ACCURATE")
+  elif form.channels < dataset.channels:
+    # As PIL makes it gray; TensorFlow weighs the colours of a PNG otherwise than of a JPEG.
+    colours = tf.cast(tf.io.decode_png(content, channels=3), tf.int32)
+    gray = tf.reduce_sum(colours * [19595, 38470, 7471], axis=-1, keepdims=True) + 0x8000
+    image = tf.cast(gray // 0x10000, tf.uint8)
+  else:
+    image = tf.io.decode_png(content, channels=form.channels)
+  stored, size = dataset.full_size, form.size
+  image = tf.ensure_shape(image, [stored, stored, form.channels])
   if size == stored:
     return image
   image = tf.image.resize(tf.cast(image, tf.float32), [size, size], antialias=True)

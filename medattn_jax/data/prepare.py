@@ -3,7 +3,8 @@
 Photographs are cropped and encoded by all cores into a folder beside the set, one file each, so a
 run that is ended anyhow goes on where it was; then they are written as one set and put in place by
 one rename. A second run over the same input does nothing, over changed input it makes a new set of
-what changed and what did not. TensorFlow is imported once the input is known to be usable.
+what changed and what did not. Pixels that are ready (sources.Arrays) are written at once, as PNG.
+TensorFlow is imported once the input is known to be usable.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -21,18 +23,21 @@ import shutil
 from collections.abc import Iterator, Sequence
 
 from medattn_jax import console, files
-from medattn_jax.data import photographs, schema
-from medattn_jax.data.sources import Photograph
+from medattn_jax.data import datasets, photographs, pixels, schema
+from medattn_jax.data.sources import Arrays, Labelled, Photograph
 from medattn_jax.errors import UserError, nearest
 
-SOURCES = ("csv",)
+SOURCES = datasets.PREPARED
+FULL_SIZE = 1230  # of photographs; pixels that are ready keep their size
 REJECTED = "rejected.csv"
 FILES = "photographs.json"  # within a set: the file names its photographs had while prepared
+SIDES = ((16, 8000), (32, 8000))  # of pixels that are ready, and of photographs
+MAX_COLUMNS = 12  # of the table: with more classes each has a row
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a set holds: levels is {split: [images of level 0, …, 4]}."""
+  """What a set holds: levels is {split: [images of level 0, of level 1, …]}."""
 
   folder: pathlib.Path
   patients: dict[str, int]
@@ -45,20 +50,21 @@ def prepare(
   input_dir: str | os.PathLike,
   data_dir: str | os.PathLike,
   *,
-  full_size: int = 1230,
+  full_size: int | None = None,
   workers: int | None = None,
   seed: int = 0,
   quality: int = 95,
 ) -> Summary:
-  """Makes the data set `source` in `data_dir` from the raw one in `input_dir`.
+  """Makes the data set `source` in `data_dir` from the raw one that `input_dir` is or holds.
 
   Writes data_dir/<source>/<version> and data_dir/rejected.csv (`file,reason`, the header alone
   when nothing is rejected), and prints a table.
 
   Args:
     source: one of SOURCES.
-    full_size: side of the stored photographs in pixels.
-    workers: processes; by default as many as there are cores.
+    full_size: side of the stored photographs in pixels; by default FULL_SIZE for photographs, and
+      their own for pixels that are ready.
+    workers: processes; by default as many as there are cores. Pixels that are ready need but one.
     seed: of the split by patients, where none is stated.
     quality: of the stored JPEGs.
 
@@ -72,17 +78,20 @@ def prepare(
   if data_dir.resolve() != input_dir.resolve():
     skip.append(data_dir)
   read = importlib.import_module(f"medattn_jax.data.sources.{source}").read
-  labelled = read(input_dir, seed, skip)
-  for note in labelled.notes:
+  found: Labelled | Arrays = read(input_dir, seed, skip)
+  for note in found.notes:
     console.say(note)
-  for line in labelled.splits:
+  for line in found.splits if isinstance(found, Labelled) else ():
     print(line)
   from medattn_jax.data.datasets import prepared
 
   try:
     data_dir.mkdir(parents=True, exist_ok=True)
     with prepared.exclusive(data_dir / f".{source}.lock", wait=False):
-      return _prepare(source, labelled, data_dir, store, full_size, workers, seed, quality)
+      if isinstance(found, Arrays):
+        return _prepare_arrays(source, found, data_dir, full_size or found.size)
+      full_size = full_size or FULL_SIZE
+      return _prepare(source, found, data_dir, store, full_size, workers, seed, quality)
   except BlockingIOError:
     raise UserError(f"{data_dir}: another prepare is writing there") from None
   except OSError as error:
@@ -93,12 +102,14 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
   if source not in SOURCES:
     hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
-  if not input_dir.is_dir():
+  if source == "csv" and not input_dir.is_dir():
     raise UserError(f"--input={input_dir} is no folder")
+  if not input_dir.exists():
+    raise UserError(f"--input={input_dir} is neither a folder nor a file")
   if data_dir.exists() and not data_dir.is_dir():
     raise UserError(f"--data-dir={data_dir} is no folder")
   for flag, value, low, high in (
-    ("--full-size", full_size, 32, 8000),
+    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source == "csv"]),
     ("--workers", 1 if workers is None else workers, 1, 1024),
     ("quality", quality, 1, 100),
   ):
@@ -164,6 +175,53 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
   )
   _write_rejected(data_dir, rejected)
   shutil.rmtree(store, ignore_errors=True)
+  return _report(final, data_dir)
+
+
+def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: int) -> Summary:
+  from medattn_jax.data.datasets import prepared
+
+  identity = json.dumps([source, pixels.METHOD, arrays.file.digest, size])
+  identity = hashlib.sha256(identity.encode()).hexdigest()
+  final = data_dir / source / schema.VERSION
+  old = _index(final)
+  if old and old["about"].get("identity") == identity:
+    _write_rejected(data_dir, arrays.rejected)
+    console.say(f"{final} is made of this input already: nothing to do")
+    return _report(final, data_dir)
+  if not arrays.counts:
+    _write_rejected(data_dir, arrays.rejected)
+    name, why = arrays.rejected[0]
+    raise UserError(f"no photograph is usable: {len(arrays.rejected)} are rejected, the first, "
+                    f"{name}, because it {why}; see {data_dir / REJECTED}")
+  if old:
+    console.say(f"the input is not what {final} was made of: it is made anew")
+  if size != arrays.size:
+    console.say(f"photographs of {arrays.size} pixels are resized to {size}")
+  about = {
+    "source": source,
+    "identity": identity,
+    "rejected": arrays.rejected,
+    "patients": arrays.counts,
+  }
+  census = pixels.Census(sum(arrays.counts.values()))
+  prepared.install(
+    lambda directory: prepared.Prepared(
+      source=source,
+      full_size=size,
+      channels=arrays.channels,
+      encoding="png",
+      num_classes=arrays.num_classes,
+      examples={s: functools.partial(pixels.examples, arrays, s, size, census)
+                for s in arrays.counts},
+      data_dir=directory,
+    ),
+    data_dir,
+    about,
+  )
+  for remark in census.remarks():
+    console.warn(remark)
+  _write_rejected(data_dir, arrays.rejected)
   return _report(final, data_dir)
 
 
@@ -265,16 +323,15 @@ def _report(folder: pathlib.Path, data_dir: pathlib.Path) -> Summary:
   from medattn_jax.data.datasets import prepared
 
   index = prepared.read_index(folder)
-  levels = {
-    split: [words.count(str(level)) for level in range(schema.LEVELS)]
-    for split, words in index["levels"].items()
-  }
+  digits = schema.DIGITS[: index["classes"]]
+  levels = {split: [words.count(d) for d in digits] for split, words in index["levels"].items()}
   patients, rejected = index["about"]["patients"], len(index["about"]["rejected"])
   print(f"{folder}: {index['full_size']} pixels")
-  print(f"{'split':<12}{'patients':>9}{'images':>9}" + "".join(
-    f"{f'level {level}':>9}" for level in range(schema.LEVELS)))
-  for split, counts in levels.items():
-    print(f"{split:<12}{patients[split]:>9}{sum(counts):>9}" + "".join(f"{n:>9}" for n in counts))
+  table = [["split", "patients", "images", *(f"level {level}" for level in range(len(digits)))]]
+  table += [[split, patients[split], sum(n), *n] for split, n in levels.items()]
+  wide = len(digits) > MAX_COLUMNS
+  for first, *cells in zip(*table, strict=True) if wide else table:
+    print(f"{first:<12}" + "".join(f"{cell:>{12 if wide else 9}}" for cell in cells))
   print(f"{rejected} rejected: {data_dir / REJECTED}")
   return Summary(folder, patients, levels, rejected)
 

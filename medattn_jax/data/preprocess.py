@@ -14,6 +14,8 @@ import os
 import pathlib
 import stat
 import warnings
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -62,25 +64,33 @@ def resolve(path: str | os.PathLike, root: str | os.PathLike) -> pathlib.Path:
   return real
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-  """The bytes of a plain file of sensible size. Never waits; raises BadImage for anything else."""
+@contextlib.contextmanager
+def plain_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+  """Opens a plain file for reading. Never waits; raises BadImage for anything else."""
   try:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
   except OSError as error:
     kind = _kind(path)
     raise BadImage(f"is {kind}" if kind else f"cannot be opened: {error.strerror}") from None
   try:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
       raise BadImage(f"is {_kind(path) or 'no plain file'}")
-    if status.st_size > MAX_BYTES:
-      raise BadImage(f"has {status.st_size} bytes, more than {MAX_BYTES}")
     with open(descriptor, "rb", closefd=False) as file:
-      content = file.read(MAX_BYTES)
-  except OSError as error:
-    raise BadImage(f"cannot be read: {error.strerror}") from None
+      yield file
   finally:
     os.close(descriptor)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+  """The bytes of a plain file of sensible size. Never waits; raises BadImage for anything else."""
+  with plain_file(path) as file:
+    try:
+      size = os.fstat(file.fileno()).st_size
+      if size > MAX_BYTES:
+        raise BadImage(f"has {size} bytes, more than {MAX_BYTES}")
+      content = file.read(MAX_BYTES)
+    except OSError as error:
+      raise BadImage(f"cannot be read: {error.strerror}") from None
   if not content:
     raise BadImage("is empty (0 bytes)")
   return content

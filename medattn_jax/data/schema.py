@@ -1,8 +1,8 @@
-"""What one example of every fundus data set holds, whatever its source. Knows no TensorFlow.
+"""What one example of every data set holds, whatever its source. Knows no TensorFlow.
 
 One example is one patient: one or two photographs, in the order left, right where that is known.
 A patient with more photographs gives several examples of the same patient id, so that sets are
-split, and statistics drawn, by patient.
+split, and statistics drawn, by patient. In sets of single photographs every example has one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ TYPES = (
   "cotton_wool_spot",
   "neovascularisation",
 )
-LEVELS = 5  # 0 none, 1 mild, 2 moderate, 3 severe, 4 proliferative
+LEVELS = 5  # of a retina: 0 none, 1 mild, 2 moderate, 3 severe, 4 proliferative
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # one character a level: int(digit, 36)
+MAX_CLASSES = len(DIGITS)
 EYES = ("left", "right")
 SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
@@ -35,10 +37,11 @@ def side_of(stem: str) -> tuple[str, str] | None:
   return (found[1], found[2].lower()) if found else None
 
 
-def features(full_size: int) -> Any:
+def features(full_size: int, channels: int = 3, encoding: str = "jpeg") -> Any:
   """The TFDS features of a set whose photographs are stored at `full_size`² pixels.
 
-  Lists of one patient: images (uint8, JPEG), image_ids, eyes ("left", "right" or ""), levels.
+  Lists of one patient: images (uint8, of 1 or 3 channels, encoded as "jpeg" or "png"), image_ids,
+  eyes ("left", "right" or ""), levels.
   boxes: eye indexes images, type indexes TYPES, box is (y0, x0, y1, x1) in stored pixels.
   """
   from medattn_jax.data.backend import np, tfds
@@ -46,7 +49,9 @@ def features(full_size: int) -> Any:
   f = tfds.features
   return f.FeaturesDict({
     "patient": f.Text(),
-    "images": f.Sequence(f.Image(shape=(full_size, full_size, 3), encoding_format="jpeg")),
+    "images": f.Sequence(
+      f.Image(shape=(full_size, full_size, channels), encoding_format=encoding)
+    ),
     "image_ids": f.Sequence(f.Text()),
     "eyes": f.Sequence(f.Text()),
     "levels": f.Sequence(np.int64),

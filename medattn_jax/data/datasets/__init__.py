@@ -7,8 +7,9 @@ import pathlib
 from medattn_jax.data import schema
 from medattn_jax.errors import UserError, nearest
 
-PREPARED = ("csv",)  # by `medattn prepare --source=NAME`
-DRAWN = ("synthetic_fundus",)  # made on first use
+PREPARED = ("csv", "npz", "fer2013")  # by `medattn prepare --source=NAME`
+# Made on first use: each a module of this package, with build(data_dir, *, size, **numbers).
+DRAWN = ("synthetic_fundus", "planted_region")
 NAMES = PREPARED + DRAWN
 
 
@@ -25,7 +26,7 @@ def find(name: str) -> pathlib.Path:
            for path in sorted(folder.glob(f"{pattern}index.json"))]
   found = [path for path in found if path.name == schema.VERSION]
   if not found:
-    raise UserError(f"{folder} holds no data set: make one with `medattn prepare --source=csv "
+    raise UserError(f"{folder} holds no data set: make one with `medattn prepare --source=S "
                     f"--input=DIR --data-dir={folder}`")
   if len(found) > 1:
     names = ", ".join(str(path) for path in found)

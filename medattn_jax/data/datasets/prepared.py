@@ -1,7 +1,8 @@
-"""Writing a fundus data set: whole or not there, with an index that damage cannot hide from.
+"""Writing a data set: whole or not there, with an index that damage cannot hide from.
 
 A set is a TFDS set of array_record files plus index.json: every file's size, the checksums of the
-small files, the levels of every example, and what the set was made from. Records carry checksums
+small files, the levels of every example, the region that decides where it is known, and what the
+set was made from. Records carry checksums
 of their own (array_record notices every flipped bit), so what is read is what was written.
 """
 
@@ -27,6 +28,8 @@ from medattn_jax.data.backend import tf, tfds
 from medattn_jax.errors import UserError
 
 INDEX = "index.json"
+# What an index says that names no other: fundus photographs.
+FUNDUS = {"channels": 3, "encoding": "jpeg", "classes": schema.LEVELS, "region": None}
 
 
 class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -36,11 +39,14 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     source: the set's name, e.g. "csv".
     full_size: side of the stored photographs in pixels.
     examples: for each split, what yields its examples (dicts of schema.features, photographs as
-      open JPEG files) in the order they are stored in.
+      open files of the encoding) in the order they are stored in.
+    channels, encoding: of the stored photographs, as in schema.features.
+    num_classes: levels are 0 … num_classes - 1.
   """
 
   VERSION = tfds.core.Version(schema.VERSION)
   name = "prepared"
+  region = None
 
   def __init__(
     self,
@@ -48,18 +54,22 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     source: str,
     full_size: int,
     examples: Mapping[str, Callable[[], Iterable[dict[str, Any]]]],
+    channels: int = FUNDUS["channels"],
+    encoding: str = FUNDUS["encoding"],
+    num_classes: int = FUNDUS["classes"],
     **arguments,
   ):
     self.name = source
-    self.full_size = full_size
+    self.stored = (full_size, channels, encoding)
+    self.num_classes = num_classes
     self.examples = examples
     super().__init__(file_format=schema.FILE_FORMAT, **arguments)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Graded fundus photographs, cropped to the eye, one patient an example.",
-      features=schema.features(self.full_size),
+      description="Graded photographs, one patient an example.",
+      features=schema.features(*self.stored),
       disable_shuffling=True,
     )
 
@@ -141,20 +151,30 @@ def install(
 
 
 def write_index(builder: Any, folder: pathlib.Path, about: Mapping[str, Any]) -> None:
-  """Writes the index of a complete set in `folder`: every record is read back and so proved."""
+  """Writes the index of a complete set in `folder`: every record is read back and so proved.
+
+  The builder has, besides what every TFDS builder has, num_classes: int, and region: bool [S, S],
+  the part of every photograph that decides, or None.
+  """
   levels, most = {}, 1
   for split in builder.info.splits:
     words = []
     for record in Records(builder, split):
       feature = tf.train.Example.FromString(record).features.feature
       row = list(feature["levels"].int64_list.value)
-      words.append("".join(map(str, row)) + "-" * (2 - len(row)))
+      words.append("".join(schema.DIGITS[level] for level in row) + "-" * (2 - len(row)))
       eyes = list(feature["boxes/eye"].int64_list.value)
       most = max([most, *(eyes.count(eye) for eye in set(eyes))])
     levels[split] = " ".join(words)
+  image = builder.info.features["images"].feature
+  region = builder.region
   content = {
     "name": builder.name,
-    "full_size": builder.info.features["images"].feature.shape[0],
+    "full_size": image.shape[0],
+    "channels": image.shape[2],
+    "encoding": image.encoding_format,
+    "classes": builder.num_classes,
+    "region": None if region is None else ["".join(".#"[x] for x in row) for row in region * 1],
     "boxes": most,
     "levels": levels,
     "files": {
@@ -173,8 +193,9 @@ def _digest(content: Any) -> str:
 def read_index(folder: pathlib.Path) -> dict[str, Any]:
   """The index of the set in `folder`, after checking it and the set's files against it.
 
-  Keys: name, full_size, boxes (the most boxes of one photograph, at least 1), levels {split: one
-  word of two characters an example}, files, about. Raises UserError naming what is damaged.
+  Keys: name, full_size, channels, encoding, classes, region (rows of "." and "#", or None), boxes
+  (the most boxes of one photograph, at least 1), levels {split: one word of two of schema.DIGITS,
+  or "-", an example}, files, about. Raises UserError naming what is damaged.
   """
   path = folder / INDEX
   try:
@@ -190,11 +211,11 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
       raise UserError(f"{path} is missing; {_remedy(folder)}")
     if path.stat().st_size != size or (digest and files.sha256(path) != digest):
       raise UserError(f"{path} is damaged: it is not what was written; {_remedy(folder)}")
-  return content
+  return FUNDUS | content
 
 
 def photographs(folder: pathlib.Path, split: str) -> Iterator[list[bytes]]:
-  """The JPEGs of every example of a set, in order. Raises UserError on damage."""
+  """The encoded photographs of every example of a set, in order. Raises UserError on damage."""
   for record in Records(tfds.builder_from_directory(os.fspath(folder)), split):
     yield list(tf.train.Example.FromString(record).features.feature["images"].bytes_list.value)
 

@@ -1,13 +1,22 @@
-"""The raw data sets `medattn prepare` reads; one module each, `read(folder, seed, skip)`."""
+"""The raw data sets `medattn prepare` reads; one module each, `read(folder, seed, skip)`.
+
+A source has either photographs, files that are to be cropped and encoded (Labelled), or pixels
+that are ready, arrays within one file (Arrays).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
-from medattn_jax.data import schema
+import numpy as np
+
+from medattn_jax.data import preprocess, schema
 from medattn_jax.errors import UserError
 
 FRACTIONS = (("train", 0.7), ("validation", 0.1), ("test", 0.2))
@@ -33,6 +42,82 @@ class Labelled:
   rejected: list[tuple[str, str]]  # (file, reason)
   notes: list[str]
   splits: list[str]  # what assign_splits did
+
+
+@dataclasses.dataclass
+class Arrays:
+  """Photographs that are arrays within one file, of one size, each its own patient."""
+
+  file: RawFile
+  size: int
+  channels: int  # 1 or 3
+  num_classes: int
+  counts: dict[str, int]  # of the photographs of each split that has any
+  # Of a split: (image_id, level, uint8 [size, size] or [size, size, 3]), the same each time.
+  read: Callable[[str], Iterator[tuple[str, int, np.ndarray]]]
+  rejected: list[tuple[str, str]]  # (file, reason)
+  notes: list[str]
+
+
+class RawFile:
+  """A plain file that is read more than once and must stay as it was.
+
+  Attributes:
+    path: where it is. digest: its SHA-256, hexadecimal.
+  """
+
+  def __init__(self, path: pathlib.Path, what: str):
+    """Reads the file once. Raises UserError, which says `what` is accepted in its place."""
+    self.path = path
+    try:
+      with preprocess.plain_file(path) as file:
+        self._state = _state(file)
+        self.digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except preprocess.BadImage as error:
+      raise UserError(f"{path} {error}; accepted: {what}") from None
+
+  @contextlib.contextmanager
+  def open(self) -> Iterator[BinaryIO]:
+    """The file, open for reading. Raises UserError where it is no longer the one that was read."""
+    try:
+      with preprocess.plain_file(self.path) as file:
+        if _state(file) == self._state:
+          yield file
+          if _state(file) == self._state:
+            return
+    except preprocess.BadImage:  # it is not even a file any more
+      pass
+    raise UserError(f"{self.path} was changed while it was read: run prepare again")
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+  status = os.fstat(file.fileno())
+  return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def find_file(place: pathlib.Path, fits: Callable[[str], bool], what: str) -> RawFile:
+  """The one file of the folder `place` whose name `fits`; or `place`, where it is a file itself.
+
+  Args:
+    what: the words for such a file, as in "a fer2013.csv".
+
+  Raises:
+    UserError: there is none, or more than one, or a link that leads outside of the folder.
+  """
+  if not place.is_dir():
+    return RawFile(place, what)
+  names = sorted(name for name in os.listdir(place) if fits(name))
+  if not names:
+    raise UserError(f"--input={place} has no such file; accepted: a folder with {what}, or the "
+                    "file itself")
+  if len(names) > 1:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise UserError(f"--input={place} has {len(names)} such files, {', '.join(names[:5])}{more}; "
+                    f"accepted: a folder with {what} alone, or the file itself")
+  try:
+    return RawFile(preprocess.resolve(place / names[0], place), what)
+  except preprocess.BadImage as error:
+    raise UserError(f"{place / names[0]} {error}; accepted: {what}") from None
 
 
 def assign_splits(photographs: Iterable[Photograph], seed: int, sheet: str) -> list[str]:
