@@ -53,7 +53,7 @@ def collect(
   for batch, out in experiment.predictions(now, variables, batches, ANSWERS):
     counts = batch["mask"] > 0
     add("image", batch["image_id"][counts])
-    add("patient", np.repeat(batch["patient"][:, None], 2, axis=1)[counts])
+    add("patient", np.repeat(batch["patient"][:, None], counts.shape[1], axis=1)[counts])
     add("eye", batch["eye"][counts])
     add("level", batch["level"][counts])
     for name in out:

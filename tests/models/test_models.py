@@ -55,6 +55,8 @@ def test_a_typo_is_answered_with_the_nearest_name():
 
 def test_tables_speak_of_the_same_models_and_branches():
   for name, phases in models.PHASES.items():
+    if not models.ANSWERS[name]:
+      continue  # one network, one answer
     last = list(phases.values())[-1]
     stops = {stop for answer in models.ANSWERS[name].values() for stop in answer}
     assert {f"y_{branch[0].upper()}" for branch in last} == stops
