@@ -381,7 +381,7 @@ def _write(place: pathlib.Path, contents: Mapping[str, bytes]) -> None:
 
 def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str, bytes]) -> None:
   show = lambda value: "–" if value is None else f"{value:.3f}"
-  table = rich.table.Table()
+  table = rich.table.Table(show_header=bool(found["branches"]))
   table.add_column("")
   branches = {BRANCHES[name]: branch for name, branch in found["branches"].items()}
   for name in branches or ("",):
@@ -389,8 +389,9 @@ def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str,
   rows = {"quadratic weighted kappa": "quadratic_weighted_kappa", "accuracy": "accuracy",
           "AUC, referable": "auc_referable", "AUC, any": "auc_any"}
   for label, key in rows.items():
-    if key in found and any(key in branch for branch in branches.values() or [found]):
-      table.add_row(label, *(show(branch[key]) for branch in branches.values() or [found]))
+    figures = [branch.get(key) for branch in branches.values() or [found]]
+    if any(figure is not None for figure in figures):
+      table.add_row(label, *map(show, figures))
   recall = found.get("lesion_recall")
   if recall:
     blank = [""] * (len(branches) - 1)
