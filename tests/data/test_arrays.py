@@ -365,6 +365,7 @@ def test_a_killed_run_leaves_no_half_of_a_set(folder, data):
   assert "train           20000" in done.stdout and not list(data.glob(".building*"))
 
 
+@pytest.mark.slow
 def test_real_radiographs(shared, data):
   source = shared / "realdata" / "pneumoniamnist"
   summary = module.prepare("npz", source, data)
