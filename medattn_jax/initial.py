@@ -35,7 +35,9 @@ def evaluate(traced: jax.stages.Traced, *args: Any) -> Any:
 
   with _on_the_host():
     for equation in _needed(program):
-      if by_numpy := _NUMPY.get(equation.primitive.name):
+      by_numpy = _NUMPY.get(equation.primitive.name)
+      keys = any(jax.dtypes.issubdtype(a.aval.dtype, jax.dtypes.prng_key) for a in equation.invars)
+      if by_numpy and not keys:
         given = [np.asarray(read(atom)) for atom in equation.invars]
         answer = [by_numpy(*given, **equation.params)]
       else:
