@@ -1,9 +1,10 @@
-"""A region that decides, planted in drawn images: does the global attention find it?
+"""Real chest radiographs, aligned, 28 pixels, gray: normal or pneumonia (PneumoniaMNIST).
 
-Command:   medattn train --config=configs/planted_region.py --workdir=runs/planted_region
+Command:   medattn prepare --source=npz --input=pneumoniamnist.npz --data-dir=data/chest
+           medattn train --config=configs/chest_radiographs.py --workdir=runs/chest_radiographs
            Without attention: the same with --config.attention.source=none.
 Hardware:  two CPU cores as one to eight devices.
-Time:      not yet run.
+Time:      about a minute and a half.
 Score:     not yet run.
 """
 

@@ -1,0 +1,107 @@
+"""Global spatial attention before VGG-16 with normalisation at 224 pixels, on aligned images (papers.md §2).
+
+Command:   medattn prepare --source=npz --input=pneumoniamnist_224.npz --data-dir=data/chest_224
+           medattn train --config=configs/attention_vgg16_bn.py --workdir=runs/attention_vgg16_bn
+           Without attention: the same with --config.attention.source=none.
+Hardware:  a GPU or TPU host; more devices with a batch that divides over them.
+Time:      not yet run.
+Score:     not yet run.
+"""
+
+import ml_collections
+
+
+def phase(steps: int, learning_rate: float, warmup_steps: int) -> ml_collections.ConfigDict:
+  page = ml_collections.ConfigDict()
+  page.steps = steps
+  page.optimizer = "adamw"
+  page.learning_rate = learning_rate
+  page.earlier_rate = 1.0
+  page.momentum = 0.9
+  page.weight_decay = 5e-2
+  page.schedule = "cosine"
+  page.warmup_steps = warmup_steps
+  page.decay_every = 20_000
+  page.decay_rate = 0.1
+  page.accumulation = 1
+  page.clip_norm = 1.0
+  page.ema = 0.0
+  return page
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.precision = "bfloat16"
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "global_attention"
+  config.model.backbone = "vgg16_bn"
+  config.model.stem = "full"
+  config.model.attend = "input"
+  config.model.num_classes = 2
+  config.model.mean = (0.5, 0.5, 0.5)
+  config.model.std = (0.25, 0.25, 0.25)
+
+  config.attention = ml_collections.ConfigDict()
+  config.attention.source = "bank"
+  config.attention.classifier = "linear"
+  config.attention.hidden = 8
+  config.attention.temperature = 1.0
+  config.attention.bias = 2.0
+  config.attention.smoothing = 0.03
+  config.attention.boundary = "two_class"
+  config.attention.learning_rate = 1e-2
+  config.attention.area = 0.0
+  config.attention.total_variation = 0.0
+  config.attention.binarisation = 0.0
+  config.attention.kept = 24
+
+  config.norm = ml_collections.ConfigDict()
+  config.norm.group_size = 32
+  config.norm.momentum = 0.9
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "npz"
+  config.data.dir = "data/chest_224"
+  config.data.full_size = 224
+  config.data.image_size = 224
+  config.data.channels = 1
+  config.data.batch_size = 128
+  config.data.balanced = True
+  config.data.synthetic = ml_collections.ConfigDict()
+  config.data.synthetic.seed = 0
+  config.data.synthetic.train = 4708
+  config.data.synthetic.validation = 524
+  config.data.synthetic.test = 624
+
+  config.augment = ml_collections.ConfigDict()
+  config.augment.dihedral = False
+  config.augment.mirror = False
+  config.augment.shift = 0.1
+  config.augment.brightness = 0.05
+  config.augment.contrast = 0.1
+  config.augment.colour = 0.0
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.name = "cross_entropy"
+  config.loss.class_weights = ()
+  config.loss.auxiliary = 0.3
+  config.loss.focal_gamma = 2.0
+  config.loss.ordinal = 0.0
+
+  config.phases = ml_collections.ConfigDict()
+  config.phases.joint = phase(2600, 3e-4, 200)
+  config.phases.frozen = phase(1100, 3e-5, 0)
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 500
+  config.checkpoint.keep = 2
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.every = 250
+  config.evaluation.batch_size = 128
+  config.evaluation.bootstrap = 1000
+  config.evaluation.decision = "argmax"
+  config.logging = ml_collections.ConfigDict()
+  config.logging.every = 50
+  return config
