@@ -1,7 +1,7 @@
 """Global spatial attention before DenseNet-121 at 224 pixels, on aligned images (papers.md §2).
 
 Command:   medattn prepare --source=npz --input=pneumoniamnist_224.npz --data-dir=data/chest_224
-           medattn train --config=configs/attention_densenet121.py --workdir=runs/attention_densenet121
+           medattn train --config=configs/attention_densenet121.py --workdir=runs/densenet121
            Without attention: the same with --config.attention.source=none.
 Hardware:  a GPU or TPU host; more devices with a batch that divides over them.
 Time:      not yet run.

@@ -1,7 +1,7 @@
-"""Global spatial attention before VGG-16 with normalisation at 224 pixels, on aligned images (papers.md §2).
+"""Global spatial attention before VGG-16 with normalisation, 224 pixels (papers.md §2).
 
 Command:   medattn prepare --source=npz --input=pneumoniamnist_224.npz --data-dir=data/chest_224
-           medattn train --config=configs/attention_vgg16_bn.py --workdir=runs/attention_vgg16_bn
+           medattn train --config=configs/attention_vgg16_bn.py --workdir=runs/vgg16_bn
            Without attention: the same with --config.attention.source=none.
 Hardware:  a GPU or TPU host; more devices with a batch that divides over them.
 Time:      not yet run.

@@ -71,7 +71,7 @@ def test_eight_devices_give_what_one_gives(source, classifier):
     "attention.total_variation": 0.1, "attention.binarisation": 0.1, "augment.dihedral": True,
     "phases.joint.optimizer": "sgd", "phases.joint.learning_rate": 0.05})
   _, one, one_losses = run(settings, 1)
-  now, many, many_losses = run(settings, 8)
+  _, many, many_losses = run(settings, 8)
   np.testing.assert_allclose(one_losses, many_losses, rtol=2e-5)
   if source == "none":
     assert not many.constants and set(many.params) == {"backbone"}
@@ -128,7 +128,8 @@ def all_reduces(text):
 
 @pytest.mark.parametrize("source, classifier, extra", [
   ("bank", "linear", [SIZE * SIZE]), ("batch", "linear", None),
-  ("bank", "conv", [9 * 8 * SIZE * SIZE]), ("stats", "linear", [SIZE * SIZE]), ("free", "linear", [])])
+  ("bank", "conv", [9 * 8 * SIZE * SIZE]), ("stats", "linear", [SIZE * SIZE]),
+  ("free", "linear", [])])
 def test_collectives_of_the_compiled_step(source, classifier, extra):
   settings = page(**{"attention.source": source, "attention.classifier": classifier})
   now = begin(settings, 8)
@@ -153,7 +154,7 @@ def test_the_step_overwrites_its_state():
 
 def test_a_frozen_map_stays_bit_for_bit_and_its_boundary_is_drawn_once():
   settings = page()
-  now, state, _ = run(settings, 1, steps=6)
+  _, state, _ = run(settings, 1, steps=6)
   soft = np.asarray(state.constants["map"])
   frozen = begin(settings, 1, "frozen")
   state = frozen.enter(state)
