@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from medattn_jax import bank, console, evaluate, experiment, files, metrics, models, trained
@@ -152,19 +153,15 @@ def _evolution(
     return {}
   title = "attention A in the course of the training"
   if model.phase == "frozen":
-    kept = {step: _frozen(model, one) for step, one in kept.items()}
+    freeze = jax.jit(lambda one: models.hand_on(
+      model.config, "frozen", {"constants": {"map": one}})["constants"]["map"])
+    kept = {step: np.asarray(freeze(one)) for step, one in kept.items()}
     title += ", each map as it would have been frozen"
   kept[model.step] = attention
   steps, drawn = list(kept), list(kept.values())
   return {
     "evolution.png": figures.png(maps.evolution(drawn, steps, region=region, title=title)),
     "evolution.gif": maps.animation(drawn, steps, region=region)}
-
-
-def _frozen(model: trained.Trained, weights: np.ndarray) -> np.ndarray:
-  """A map of the joint phase as the frozen phase would take it over."""
-  handed = models.hand_on(model.config, "frozen", {"constants": {"map": weights}})
-  return np.asarray(handed["constants"]["map"])
 
 
 def _samples(
