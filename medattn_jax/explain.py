@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from medattn_jax import console, crops, evaluate, experiment, files, metrics, trained
+from medattn_jax import console, crops, evaluate, experiment, explain_map, files, metrics, trained
 from medattn_jax.analysis import figures, overlays
 from medattn_jax.data import schema
 from medattn_jax.errors import UserError
@@ -37,6 +37,8 @@ def run(
 ) -> None:
   """`medattn explain`: pages of the first `limit` photographs of a split, and their boxes.csv.
 
+  A global attention has one map for all: see explain_map.write.
+
   boxes.csv has `image,rank,y0,x0,y1,x1,level,strength`: pixels of the photograph as the network
   was given it (data.full_size square), rank 1 the strongest.
 
@@ -48,16 +50,20 @@ def run(
     limit: how many photographs.
 
   Raises:
-    UserError: a wrong argument, or a model without regions.
+    UserError: a wrong argument, or a model without regions and without a map.
   """
   if limit < 1:
     raise UserError(f"--limit={limit}; accepted: a whole number of at least 1")
   place = pathlib.Path(out) if out else pathlib.Path(workdir) / "explanations"
   evaluate.check_folder(place)
   model = trained.open_workdir(workdir)
+  if model.config.model.name == "global_attention":
+    explain_map.write(model, place, data, split, limit)
+    return
   if "a_net" not in model.variables["params"] or model.phase == "m":
     raise UserError(f"{workdir}: step {model.step} (model.name = {model.config.model.name}, phase "
-                    f"{model.phase}) chooses no regions; accepted: a zoom_in_net past its phase m")
+                    f"{model.phase}) chooses no regions; accepted: a zoom_in_net past its phase "
+                    "m, or a global_attention")
   dataset = evaluate.open_data(model.config, data)
   split = evaluate.choose_split(dataset, split)
   if model.thresholds_from == trained.ROUNDING:

@@ -33,12 +33,15 @@ import safetensors.numpy
 
 from medattn_jax import config as pages
 from medattn_jax import console, doctor, evaluate, files, sharding, trained
+from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS, PROGRAM = "model.safetensors", "model.stablehlo"
 MAP = "constants/map"
 _MAX_METRICS_BYTES = 16 << 20
+_NAMES = {
+  "zoom_in_net": "Zoom-in-Net", "m_net": "M-Net", "global_attention": "Global spatial attention"}
 
 PAIRS = (
   "Each photograph upright, RGB. Its black border is cut off: rows and columns of which no more "
@@ -144,7 +147,7 @@ def program(model: trained.Trained, weights: Mapping[str, np.ndarray]) -> jax.ex
     weights: by flat name, as `leaving` gives them; only their shapes are in the program.
   """
   now, classes = model.experiment, model.config.model.num_classes
-  thresholds, by_score = np.asarray(model.thresholds, np.float32), _decision(model) == "thresholds"
+  thresholds = None if model.thresholds is None else np.asarray(model.thresholds, np.float32)
 
   def answer(weights: dict[str, jax.Array], image: jax.Array) -> dict[str, jax.Array]:
     variables = flax.traverse_util.unflatten_dict(weights, sep="/")
@@ -152,9 +155,12 @@ def program(model: trained.Trained, weights: Mapping[str, np.ndarray]) -> jax.ex
     probabilities = jax.nn.softmax(logits.astype(jnp.float32))
     # Not as a dot: that would round its operands to bfloat16 on a TPU.
     score = (probabilities * np.arange(classes, dtype=np.float32)).sum(-1)
-    reached = (score[..., None] >= thresholds).sum(-1) if by_score else probabilities.argmax(-1)
+    if thresholds is None:
+      grade = probabilities.argmax(-1)
+    else:
+      grade = (score[..., None] >= thresholds).sum(-1)
     regions = {"boxes": out["boxes"]} if "boxes" in out else {}
-    return {"probabilities": probabilities, "score": score, "grade": reached.astype(jnp.int32),
+    return {"probabilities": probabilities, "score": score, "grade": grade.astype(jnp.int32),
             **regions}
 
   # Unused weights (of branches that this phase has not) stay arguments: the order is the names'.
@@ -195,10 +201,10 @@ def describe(
     "medical_device": False, "use": "research only",
     "made_with": {name: doctor.versions()[name] for name in ("medattn_jax", "jax")},
     "classes": _classes(model),
-    "thresholds": [float(value) for value in model.thresholds],
+    "thresholds": None if model.thresholds is None else [float(x) for x in model.thresholds],
     "thresholds_from": model.thresholds_from,
     "decision": "the number of thresholds that the score has reached"
-                if _decision(model) == "thresholds" else "the class of the largest probability",
+                if model.thresholds is not None else "the class of the largest probability",
     "input": {
       "name": "image", "dtype": "uint8", "shape": sizes(image),
       "axes": ["example", "image of the example", "row", "column", "channel"],
@@ -233,12 +239,13 @@ def card(
 ) -> str:
   """README.md: the model card."""
   config = model.config
-  name = {"zoom_in_net": "Zoom-in-Net", "m_net": "M-Net"}.get(config.model.name, config.model.name)
+  name = _NAMES.get(config.model.name, config.model.name)
   side, image = config.data.full_size, about["input"]
-  given = ", ".join(f"{value:.3f}" for value in about["thresholds"])
-  rule = (f"The grade is the number of these thresholds that the score has reached: {given} (from "
-          f"{model.thresholds_from})." if _decision(model) == "thresholds" else
-          "The grade is the class of the largest probability.")
+  rule = "The grade is the class of the largest probability."
+  if about["thresholds"] is not None:
+    given = ", ".join(f"{value:.3f}" for value in about["thresholds"])
+    rule = ("The grade is the number of these thresholds that the score has reached: "
+            f"{given} (from {model.thresholds_from}).")
   batch = about["program"]["batch"]
   shape = lambda one: f"{one['dtype']} [{', '.join(map(str, one['shape']))}]"
   lines = [
@@ -305,12 +312,6 @@ def _example(model: trained.Trained) -> tuple[int, int, int, int]:
   return 2, data.full_size, data.full_size, 3
 
 
-def _decision(model: trained.Trained) -> str:
-  """How a grade is decided; where the page has no such key, by the thresholds."""
-  rules = model.config.evaluation
-  return rules.decision if "decision" in rules else "thresholds"
-
-
 def _classes(model: trained.Trained) -> list[str]:
   from medattn_jax.analysis.overlays import LEVELS  # imports matplotlib
 
@@ -356,7 +357,7 @@ def _measured(model: trained.Trained) -> dict[str, Any] | None:
 
 def _trained_on(config: Any) -> str:
   data = config.data
-  if data.name.startswith("synthetic"):
+  if data.name in datasets.DRAWN:
     drawn = data.synthetic
     return (f"`{_cell(data.name)}`: {drawn.train:,} examples drawn by a program (seed "
             f"{drawn.seed}), no photographs. What it answers for real images means nothing.")

@@ -21,8 +21,11 @@ from medattn_jax.data import preprocess, schema
 from medattn_jax.data.preprocess import SUFFIXES
 from medattn_jax.errors import UserError
 
-_ACCEPTED = ("a uint8 array [N, H, W, 3] with N > 0, a sequence of uint8 arrays [H, W, 3], or "
-             "paths of image files and folders")
+_ACCEPTED = {  # whether the model takes pairs → in words
+  True: "a uint8 array [N, H, W, 3] with N > 0, a sequence of uint8 arrays [H, W, 3], or paths of "
+        "image files and folders",
+  False: "a uint8 array [N, H, W], [N, H, W, 1] or [N, H, W, 3] with N > 0, a sequence of uint8 "
+         "arrays [H, W], [H, W, 1] or [H, W, 3], or paths of image files and folders"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +67,25 @@ class Model:
     self.variables, self.config, self.step = opened.variables, opened.config, opened.step
     self.thresholds = opened.thresholds
     self._experiment = opened.experiment
+    layout = experiment.layout(self.config)
+    self._paired, self._channels = layout["pairs"], layout["channels"]
 
   def predict(self, images: Any) -> Result:
     """Grades photographs.
 
-    An array that is [full_size, full_size, 3] already is taken as it is; any other, and every
-    file, is prepared as the training data were: black border cropped, padded to a square, resized.
+    A network of fundus photographs: an array that is [full_size, full_size, 3] already is taken as
+    it is; any other, and every file, is prepared as the training data were: black border cropped,
+    padded to a square, resized. The network sees both eyes of a patient. Files of one folder named
+    NN_left and NN_right (or with a hyphen or a blank) are a pair; any other photograph, and every
+    array, is its own fellow, as in training where an eye is missing.
 
-    The network sees both eyes of a patient. Files of one folder named NN_left and NN_right (or with
-    a hyphen or a blank) are a pair; any other photograph, and every array, is its own fellow, as in
-    training where an eye is missing.
+    A global attention, whose images share one frame: each image is by itself; one that is not
+    [full_size, full_size, data.channels] is made gray or RGB and resized as a whole, never cropped.
 
     Args:
-      images: uint8 [N, H, W, 3] or a sequence of uint8 [H, W, 3]; or one path or a sequence of
-        paths of files and folders. Folders are searched to the bottom.
+      images: uint8 [N, H, W, 3] or a sequence of uint8 [H, W, 3] (for a global attention gray ones
+        too, without the last axis or with 1 in its place); or one path or a sequence of paths of
+        files and folders. Folders are searched to the bottom.
 
     Returns:
       A Result. What could not be read is in `rejected`, and said on stderr.
@@ -86,32 +94,50 @@ class Model:
       UserError: an argument that is none of these, a path that is not there, or nothing that can
         be graded.
     """
-    size = self.config.data.full_size
-    paths = _paths(images)
+    paths = _paths(images, _ACCEPTED[self._paired])
     if paths is not None:
       found, rejected = _expand(paths)
-      read = lambda i: preprocess.prepare_photograph(preprocess.load_photograph(found[i]), size)
-      return self._grade(found, read, _pairs(found), rejected)
-    arrays = _arrays(images)
-    whole = lambda array: array.shape == (size, size, 3)
-    read = lambda i: (
-      arrays[i] if whole(arrays[i]) else preprocess.prepare_photograph(arrays[i], size))
+      least = preprocess.MIN_SIDE if self._paired else min(self._side, preprocess.MIN_SIDE)
+      read = lambda i: self._prepared(preprocess.load_photograph(found[i], least))
+      rows = _pairs(found) if self._paired else [(i,) for i in range(len(found))]
+      return self._grade(found, read, rows, rejected)
+    arrays = _arrays(images, self._paired)
+    whole = (self._side, self._side, self._channels)
+    read = lambda i: arrays[i] if arrays[i].shape == whole else self._prepared(arrays[i])
     each = range(len(arrays))
-    return self._grade([str(i) for i in each], read, [(i, i) for i in each], [])
+    rows = [(i, i) if self._paired else (i,) for i in each]
+    return self._grade([str(i) for i in each], read, rows, [])
+
+  @property
+  def _side(self) -> int:
+    return self.config.data.full_size
+
+  def _prepared(self, photograph: np.ndarray) -> np.ndarray:
+    """As the network takes it. Raises BadImage."""
+    if self._paired:
+      return preprocess.prepare_photograph(photograph, self._side)
+    return preprocess.fit_aligned(photograph, self._side, self._channels)
+
+  def _attention(self, gated: np.ndarray | None) -> np.ndarray | None:
+    """The map of a global attention, or each photograph's gated maps, or None."""
+    if "constants" in self.variables:
+      return np.asarray(self.variables["constants"]["map"], np.float32)
+    return gated
 
   def _grade(
     self, names: Sequence[str], read: Callable[[int], np.ndarray],
-    pairs: Sequence[tuple[int, int]], rejected: list[tuple[str, str]],
+    examples: Sequence[tuple[int, ...]], rejected: list[tuple[str, str]],
   ) -> Result:
-    """Grades what `read` (an index → the prepared photograph, or BadImage) gives, in pairs."""
+    """Grades what `read` (an index → the prepared photograph, or BadImage) gives, by examples."""
     bad: dict[int, str] = {}
     answers: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
     # Rounded up to a power of two: a few compiled sizes serve every number of photographs.
-    batch = min(self.config.evaluation.batch_size, 1 << (len(pairs) - 1).bit_length())
-    batches = _batches(pairs, read, batch, self.config.data.full_size, bad)
+    batch = min(self.config.evaluation.batch_size, 1 << (len(examples) - 1).bit_length())
+    shape = (batch, len(examples[0]), self._side, self._side, self._channels)
+    batches = _batches(examples, read, shape, bad)
     for given, out in experiment.predictions(self._experiment, self.variables, batches):
-      for row, pair in enumerate(given["pairs"]):
-        for eye, index in enumerate(pair):
+      for row, own in enumerate(given["examples"]):
+        for eye, index in enumerate(own):
           if index is not None:
             for name in ("logits", "boxes", "G"):
               if name in out:
@@ -135,8 +161,8 @@ class Model:
     score = metrics.expected_grade(probabilities)
     return Result(
       tuple(names[i] for i in graded), probabilities, score,
-      metrics.grades(probabilities, self.thresholds), column("boxes"), self._attention(column),
-      tuple(rejected))
+      metrics.grades(probabilities, self.thresholds), column("boxes"),
+      self._attention(column("G")), tuple(rejected))
 
 
 def load(
@@ -214,44 +240,55 @@ def _check_out(out: pathlib.Path, images: Sequence[str]) -> None:
     raise UserError(f"--out={out}: would be written over a photograph; accepted: such as out.csv")
 
 
-def _paths(images: Any) -> list[str] | None:
+def _paths(images: Any, accepted: str) -> list[str] | None:
   """`images` as paths, or None where they are no paths. Raises UserError for a mixture."""
   if isinstance(images, str | os.PathLike):
     images = [images]
   if not isinstance(images, list | tuple):
     return None
   if not images:
-    raise UserError(f"predict() got nothing to grade; accepted: {_ACCEPTED}")
+    raise UserError(f"predict() got nothing to grade; accepted: {accepted}")
   are = [isinstance(image, str | os.PathLike) for image in images]
   if not any(are):
     return None
   if not all(are):
-    raise UserError(f"predict() got paths and something else; accepted: {_ACCEPTED}")
+    raise UserError(f"predict() got paths and something else; accepted: {accepted}")
   return [os.fsdecode(image) for image in images]
 
 
-def _arrays(images: Any) -> Sequence[np.ndarray]:
-  """`images` as uint8 arrays [H, W, 3]. Raises UserError for anything else."""
+def _arrays(images: Any, paired: bool) -> Sequence[np.ndarray]:
+  """`images` as uint8 arrays [H, W, 3]; those of aligned images [H, W] or [H, W, 1] too.
+
+  Raises UserError for anything else.
+  """
+  accepted = _ACCEPTED[paired]
   if isinstance(images, list | tuple):
-    arrays: Sequence[np.ndarray] = [_array(image) for image in images]
+    arrays: Sequence[np.ndarray] = [_array(image, accepted) for image in images]
   else:
-    arrays = _array(images)
-    if arrays.ndim != 4:
-      raise UserError(f"predict() got an array {arrays.dtype}{list(arrays.shape)}; accepted: "
-                      f"{_ACCEPTED}")
+    arrays = _array(images, accepted)
+    # [N, H, W] whose last axis might be channels is more likely one image without the N.
+    gray = not paired and arrays.ndim == 3 and arrays.shape[-1] not in (1, 3)
+    if arrays.ndim != 4 and not gray:
+      raise _unlike(arrays, accepted)
   if len(arrays) == 0:
-    raise UserError(f"predict() got nothing to grade; accepted: {_ACCEPTED}")
+    raise UserError(f"predict() got nothing to grade; accepted: {accepted}")
+  channels = {(3,)} if paired else {(3,), (1,), ()}
   for array in arrays:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
-      raise UserError(f"predict() got an array {array.dtype}{list(array.shape)}; accepted: "
-                      f"{_ACCEPTED}")
+    pixels = array.dtype == np.uint8 and array.ndim >= 2 and array.size
+    if not pixels or array.shape[2:] not in channels:
+      raise _unlike(array, accepted)
   return arrays
 
 
-def _array(image: Any) -> np.ndarray:
+def _array(image: Any, accepted: str) -> np.ndarray:
   if not hasattr(image, "__array__"):
-    raise UserError(f"predict() got {type(image).__name__}; accepted: {_ACCEPTED}")
+    raise UserError(f"predict() got {type(image).__name__}; accepted: {accepted}")
   return np.asarray(image)
+
+
+def _unlike(array: np.ndarray, accepted: str) -> UserError:
+  return UserError(
+    f"predict() got an array {array.dtype}{list(array.shape)}; accepted: {accepted}")
 
 
 def _expand(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -328,14 +365,16 @@ def _pairs(paths: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _batches(
-  pairs: Sequence[tuple[int, int]], read: Callable[[int], np.ndarray], size: int, side: int,
-  bad: dict[int, str],
+  examples: Sequence[tuple[int, ...]], read: Callable[[int], np.ndarray],
+  shape: tuple[int, int, int, int, int], bad: dict[int, str],
 ) -> Iterator[dict[str, Any]]:
-  """Batches of `size` patients: image uint8 [size, 2, side, side, 3] and their pairs.
+  """Batches of `shape` [size, E, S, S, C]: image uint8, and their examples.
 
-  A pair names the photograph of each eye, None for a copy of the fellow. Photographs that cannot
-  be read go to `bad` with the reason. A batch is read when it is asked for, by a few threads.
+  An example names the photograph of each eye, None for a copy of the fellow. Photographs that
+  cannot be read go to `bad` with the reason. A batch is read when it is asked for, by a few
+  threads.
   """
+  size, eyes, *_ = shape
 
   def attempt(index: int) -> np.ndarray | str:
     try:
@@ -344,17 +383,17 @@ def _batches(
       return str(reason)
 
   with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-    for begin in range(0, len(pairs), size):
-      chunk = pairs[begin : begin + size]
-      wanted = sorted({index for pair in chunk for index in pair})
+    for begin in range(0, len(examples), size):
+      chunk = examples[begin : begin + size]
+      wanted = sorted({index for example in chunk for index in example})
       ready = {}
       for index, image in zip(wanted, pool.map(attempt, wanted), strict=True):
         (bad if isinstance(image, str) else ready)[index] = image
-      images = np.zeros((size, 2, side, side, 3), np.uint8)
+      images = np.zeros(shape, np.uint8)
       named = []
-      for pair in chunk:
-        if good := [index for index in dict.fromkeys(pair) if index in ready]:
-          images[len(named)] = ready[good[0]], ready[good[-1]]
-          named.append((good[0], good[1] if len(good) > 1 else None))
+      for example in chunk:
+        if good := [index for index in dict.fromkeys(example) if index in ready]:
+          images[len(named)] = [ready[index] for index in (good * eyes)[:eyes]]
+          named.append((*good, *[None] * (eyes - len(good))))
       if named:
-        yield {"image": images, "pairs": named}
+        yield {"image": images, "examples": named}

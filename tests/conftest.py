@@ -35,14 +35,17 @@ def smoke_config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_untrained(tmp_path_factory):
-  """make(config, phase): a workdir with one checkpoint, step 12, of weights drawn by chance."""
+  """make(config, phase): a workdir with one checkpoint, step 12, of weights drawn by chance.
+
+  `constants`, where given, makes the checkpoint's own of the params that were drawn.
+  """
   import numpy as np
 
   from medattn_jax import config, experiment
   from medattn_jax.checkpoint import Checkpoints
   from medattn_jax.workdir import Workdir
 
-  def make(page, phase):
+  def make(page, phase, constants=None):
     place = Workdir(tmp_path_factory.mktemp("untrained") / "run")
     place.path.mkdir()
     state = experiment.build(page, phase, jax.devices()[:1]).initial()
@@ -54,10 +57,14 @@ def make_untrained(tmp_path_factory):
 
     tree = {name: getattr(state, name) for name in state.__dataclass_fields__}
     tree["params"] = jax.tree.map(drawn, state.params)
+    if constants:
+      tree["constants"] = constants(tree["params"])
     tree |= {"ema": None if state.ema is None else tree["params"], "step": np.int32(12)}
     place.write_config(config.to_dict(page))
     meta = {"step": 12, "phase": phase, "phase_index": 0, "config": config.to_dict(page),
             "validated": True, "kappa": 0.5, "thresholds": [0.6, 1.4, 2.4, 3.4]}
+    if page.evaluation.decision == "argmax":
+      meta["thresholds"] = None
     checkpoints = Checkpoints(place.checkpoints)
     checkpoints.save(12, tree, meta, score=0.5)
     checkpoints.wait()
@@ -82,3 +89,32 @@ def untrained_m_net(make_untrained, smoke_config):
     del page.phases
     page.phases = {"joint": joint}
   return make_untrained(page, "joint")
+
+
+@pytest.fixture(scope="session")
+def map_config(tmp_path_factory):
+  """The smallest page of the global attention; its images are drawn in this session's folder."""
+  from medattn_jax import config
+
+  page = pathlib.Path(__file__).resolve().parent / "pages" / "tiny_map.py"
+  return config.load_page(str(page), [("data.dir", str(tmp_path_factory.mktemp("planted")))])
+
+
+@pytest.fixture(scope="session")
+def untrained_map(make_untrained, map_config):
+  """A workdir of a global attention in its frozen phase. Not to be changed.
+
+  Its map is what a pixel classifier of chance weights makes of the bank, frozen by the page's rule.
+  """
+  from medattn_jax import evaluate, fill_bank, models
+
+  bank = fill_bank.of_phase(map_config, "joint", evaluate.open_data(map_config, None))
+  joint = models.common(map_config, "joint")
+
+  def constants(params):
+    own = params["pixel_classifier"]
+    own = own | {"rows": {"kernel": 20 * own["rows"]["kernel"]}}  # or it would be of one shade
+    drawn = joint.finish(joint.partial(own, {"bank": bank.arrays}), own, 0)
+    return models.hand_on(map_config, "frozen", {"constants": drawn})["constants"]
+
+  return make_untrained(map_config, "frozen", constants)

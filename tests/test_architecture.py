@@ -27,8 +27,8 @@ FLOORS = (
   {"models", "data", "analysis"},
   {"step", "bank"},
   {"experiment"},
-  {"trained", "train", "evaluate", "explain", "predictor", "export", "doctor", "continuation",
-   "fill_bank"},
+  {"trained", "train", "evaluate", "explain", "explain_map", "predictor", "export", "doctor",
+   "continuation", "fill_bank"},
   {"cli"},
   {"__main__", "__init__"},
 )

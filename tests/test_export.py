@@ -259,7 +259,6 @@ def attending(smoke_config, tmp_path):
     config.model.name, config.model.num_classes = "global_attention", 3
     with config.unlocked():
       config.data.channels, config.data.full_size = 1, 28
-      config.evaluation.decision = "argmax"
     model = Attending(stubborn)
     ramp = np.linspace(0, 1, 28, dtype=np.float32)
     kernel = rng.normal(size=(784, 3)).astype(np.float32)
@@ -268,8 +267,8 @@ def attending(smoke_config, tmp_path):
       "batch_stats": {},
       "constants": {"map": np.outer(ramp, ramp), "bank": rng.integers(0, 255, (9, 28, 28, 1))}}
     now = types.SimpleNamespace(model=model, phase="frozen")
-    return trained.Trained(tmp_path, config, 7, "frozen", now, variables, np.array([0.5, 1.5]),
-                           trained.ROUNDING, "0" * 64)
+    return trained.Trained(tmp_path, config, 7, "frozen", now, variables, None,
+                           trained.LIKELIEST, "0" * 64)
 
   return make
 
@@ -293,7 +292,7 @@ def test_the_map_leaves_and_the_bank_stays(attending, tmp_path, capsys):
   expected = jax.nn.softmax((kept * images[..., 0] / 255).reshape(5, 1, 784)
                             @ weights["params/head/kernel"])
   np.testing.assert_allclose(found["probabilities"], expected, atol=1e-5)
-  np.testing.assert_array_equal(found["grade"], expected.argmax(-1))  # decision = "argmax"
+  np.testing.assert_array_equal(found["grade"], expected.argmax(-1))  # there are no thresholds
   told, bank = about(tmp_path / "out"), model.variables["constants"]["bank"]
   assert told["classes"] == ["0", "1", "2"] and told["input"]["shape"] == ["b", 1, 28, 28, 1]
   assert "largest probability" in told["decision"]

@@ -37,7 +37,7 @@ EDGE, TRUTH = "#4cc9f0", "#ffffff"
 SIDE = 480  # pixels of an image as drawn; more would not be seen
 SHARP = 64  # up to this side pixels are drawn as squares
 PANEL = 112  # points that the text at a small panel may take
-MOMENTS, SAMPLES, COLUMNS = 12, 12, 6
+MOMENTS, SAMPLES, COLUMNS = 12, 24, 6
 FRAME = (3.6, 3.7)  # inches, at 100 dots
 UNIT = {"extent": (0, 1, 1, 0)}  # every image is drawn in one frame, whatever its pixels
 
@@ -78,7 +78,7 @@ def page(
   attention: np.ndarray, mean: np.ndarray, samples: Sequence[Sample] = (), *,
   region: np.ndarray | None = None, title: str = "global attention",
 ) -> Figure:
-  """The map alone, over the mean image, and over the first 12 samples."""
+  """The map alone, over the mean image, and over the first 24 samples."""
   samples = list(samples)[:SAMPLES]
   rows, (height, width) = -(-len(samples) // COLUMNS), _map(attention).shape
   labels = [_label(sample.true, sample.given) for sample in samples]

@@ -1,9 +1,9 @@
 """From any photograph file to the square picture the models see. numpy and PIL alone.
 
-One way for training data and for `predict`: load_photograph, then prepare_photograph. A file is
-believed nothing: it is opened only if it is a plain file, and decoded only if its size and what
-its header declares are within limits. A picture that cannot be used raises BadImage, whose text is
-the reason.
+One way for training data and for `predict`: load_photograph, then prepare_photograph, or, for
+images of an aligned set, which have a frame of their own, fit_aligned. A file is believed nothing:
+it is opened only if it is a plain file, and decoded only if its size and what its header declares
+are within limits. A picture that cannot be used raises BadImage, whose text is the reason.
 """
 
 from __future__ import annotations
@@ -96,8 +96,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
   return content
 
 
-def load_photograph(path: str | os.PathLike) -> np.ndarray:
+def load_photograph(path: str | os.PathLike, least: int = MIN_SIDE) -> np.ndarray:
   """The photograph in the file `path`, upright.
+
+  Args:
+    least: the shortest side that is accepted, in pixels.
 
   Returns:
     uint8 [h, w, 3], RGB. Gray, palette, CMYK and 16-bit pictures are converted, transparent ones
@@ -106,10 +109,10 @@ def load_photograph(path: str | os.PathLike) -> np.ndarray:
   Raises:
     BadImage: no picture, a damaged one, or one beyond the limits above.
   """
-  return decode_photograph(read_bytes(path))
+  return decode_photograph(read_bytes(path), least)
 
 
-def decode_photograph(content: bytes) -> np.ndarray:
+def decode_photograph(content: bytes, least: int = MIN_SIDE) -> np.ndarray:
   """load_photograph of a file's bytes."""
   with warnings.catch_warnings():
     # PIL warns of oddities that either do not matter or end in an error below.
@@ -121,7 +124,7 @@ def decode_photograph(content: bytes) -> np.ndarray:
       raise BadImage(f"declares more than {MAX_PIXELS} pixels") from None
     except Exception as error:
       raise BadImage(_unknown(content, error)) from None
-    _check_size(*image.size)
+    _check_size(*image.size, least)
     if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MAX_SCANS:
       raise BadImage(f"has more than {MAX_SCANS} scans")
     try:
@@ -164,6 +167,35 @@ def prepare_photograph(image: np.ndarray, full_size: int) -> np.ndarray:
   return np.array(resized)
 
 
+def fit_aligned(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+  """An image of an aligned set in the set's frame: resized as a whole where it has another size.
+
+  Nothing is cropped or padded, since that would move what the map weighs.
+
+  Args:
+    image: uint8 [h, w], [h, w, 1] or [h, w, 3].
+    size: S, the side of the result in pixels.
+    channels: C, of the result: 1 (gray, of RGB by PIL's weights) or 3.
+
+  Returns:
+    uint8 [S, S, C]. An image that is so already keeps its pixels.
+
+  Raises:
+    BadImage: too small or too thin.
+  """
+  height, width = image.shape[:2]
+  _check_size(width, height, min(size, MIN_SIDE))
+  if image.shape[2:] == (1,):
+    image = image[..., 0]
+  wanted = "L" if channels == 1 else "RGB"
+  picture = Image.fromarray(np.ascontiguousarray(image))
+  if picture.mode != wanted:
+    picture = picture.convert(wanted)
+  if picture.size != (size, size):
+    picture = picture.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+  return np.array(picture).reshape(size, size, channels)
+
+
 def field_of_view(image: np.ndarray) -> tuple[int, int, int, int]:
   """Rows y0:y1 and columns x0:x1 of what is not black border.
 
@@ -192,12 +224,12 @@ def field_of_view(image: np.ndarray) -> tuple[int, int, int, int]:
   return tuple(edges)
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, least: int) -> None:
   size = f"{width}x{height} pixels"
   if width * height > MAX_PIXELS:
     raise BadImage(f"declares {size}, more than {MAX_PIXELS}")
-  if min(width, height) < MIN_SIDE:
-    raise BadImage(f"has {size}: at least {MIN_SIDE} a side are needed")
+  if min(width, height) < least:
+    raise BadImage(f"has {size}: at least {least} a side are needed")
   if max(width, height) > MAX_ASPECT * min(width, height):
     raise BadImage(f"has {size}: too thin for a photograph (at most {MAX_ASPECT} to 1)")
 
