@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from medattn_jax import processes
+
 Tree = Any
 
 
@@ -47,10 +49,10 @@ def _array(leaf: Any, name: str) -> np.ndarray:
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
     if leaf.is_fully_replicated:
       leaf = leaf.addressable_data(0)
-    else:
-      from jax.experimental import multihost_utils
-
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    else:  # split along its first axis
+      shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+      own = np.concatenate([np.asarray(shard.data) for shard in shards])
+      leaf = processes.gather_rows({name: own})[name]
   # A copy: on CPU devices numpy would see the very buffer that the next step is given to overwrite.
   array = np.array(leaf)
   if array.dtype.hasobject or not array.size:
