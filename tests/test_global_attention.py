@@ -235,3 +235,37 @@ def test_a_page_that_cannot_be_built(overrides, said):
 def test_sources_that_there_are_not(value):
   with pytest.raises(UserError, match="none, bank, bank:K"):
     page(**{"attention.source": value})
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("backbone, pixels, stem", [
+  ("resnet18", 32, "small"), pytest.param("resnet50", 32, "small", marks=SLOW),
+  pytest.param("googlenet", 32, "full", marks=SLOW),
+  pytest.param("densenet121", 32, "small", marks=SLOW),
+  pytest.param("vgg16_bn", 32, "small", marks=SLOW),
+  pytest.param("vgg16", 32, "small", marks=SLOW)])
+def test_every_backbone_is_trained_alike_on_any_devices(backbone, pixels, stem):
+  """With GoogLeNet's auxiliary heads and the dropouts, whose chance belongs to the example."""
+  settings = page(**{
+    "model.backbone": backbone, "model.stem": stem, "data.full_size": pixels,
+    "data.image_size": pixels, "data.batch_size": 4, "data.synthetic.train": 8,
+    "phases.joint.optimizer": "sgd", "phases.joint.learning_rate": 1e-3})
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, pixels, pixels, 1), np.uint8)
+  small = {"image": images[:4, None], "level": np.array([[0], [1], [1], [0]], np.int32),
+           "mask": np.ones((4, 1), np.float32)}
+  losses = []
+  for devices in (1, 2):
+    from medattn_jax import sharding
+
+    chosen = jax.devices()[:devices]
+    held = bank.fill(images, 64, 8, pixels, 1, sharding.mesh(chosen))
+    now = experiment.build(settings, "joint", chosen, held)
+    state = now.initial()
+    for _ in range(2):
+      state, metrics = now.train_step(state, now.put_train([small]))
+    losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses[-1])
+  np.testing.assert_allclose(*losses, rtol=1e-4)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medattn_jax import config, models
+from medattn_jax import augment, config, models
 from medattn_jax.models.backbones.resnet_small import ResNetSmall
 from medattn_jax.models.zoom_in_net import MNet, ZoomInNet
 
@@ -31,6 +31,12 @@ def batch():
           "bias": rng.uniform(-0.1, 0.1, (4, 2, 3)).astype(np.float32)}
 
 
+def given(batch):
+  """The call's arguments: the image, and an augmentation that only shades."""
+  gain, bias = (batch[name].reshape(-1, 3) for name in ("gain", "bias"))
+  return {"image": batch["image"], "drawn": augment.Draw(None, None, gain, bias, None)}
+
+
 @pytest.fixture(scope="module")
 def variables(batch, draw_variables):
   return draw_variables(network(), batch["image"])
@@ -41,7 +47,7 @@ def train(net, variables, batch, phase):
   """(logits, out, new batch_stats, gradient) of a loss that every answer is part of."""
   def loss(params):
     (logits, out), new = net.apply(
-      {**variables, "params": params}, **batch, phase=phase, train=True,
+      {**variables, "params": params}, **given(batch), phase=phase, train=True,
       mutable=["batch_stats"])
     value = -jax.nn.log_softmax(logits)[..., 1].sum() + jnp.square(out["y_M"]).sum()
     return value, (logits, out, new["batch_stats"])
@@ -52,7 +58,7 @@ def train(net, variables, batch, phase):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def evaluate(net, variables, batch, phase="c"):
-  return net.apply(variables, **batch, phase=phase)
+  return net.apply(variables, **given(batch), phase=phase)
 
 
 def paper_config(name="zoom_in_net"):
@@ -186,18 +192,18 @@ def test_each_branch_sees_the_augmented_normalised_pixels(batch, draw_variables)
   net = network(backbone=Witness, crop_backbone=Witness, mean=mean, std=std)
   variables = draw_variables(net, batch["image"])
   (_, out), state = jax.jit(
-    lambda v, b: net.apply(v, **b, mutable=["intermediates"]))(variables, batch)
+    lambda v, b: net.apply(v, **given(b), mutable=["intermediates"]))(variables, batch)
   out = jax.tree.map(np.asarray, out)
   spread = lambda a: a[:, :, None, None]
   full = (batch["image"] / 255 * spread(batch["gain"]) + spread(batch["bias"]) - mean) / std
-  given = {name: np.asarray(state["intermediates"][name]["backbone"]["given"][0])
+  seen = {name: np.asarray(state["intermediates"][name]["backbone"]["given"][0])
            for name in ("m_net", "c_net")}
 
   wanted = jax.image.resize(full.reshape(8, 120, 120, 3), (8, 48, 48, 3), "linear")
-  np.testing.assert_allclose(given["m_net"], wanted, atol=1e-4)
+  np.testing.assert_allclose(seen["m_net"], wanted, atol=1e-4)
   group = lambda name: state["intermediates"][name]["backbone"]["group"][0]
   assert group("m_net") == 4 and group("c_net") == 4 * 4, "the crops of 4 images belong together"
-  crops = given["c_net"].reshape(4, 2, 4, 37, 37, 3)
+  crops = seen["c_net"].reshape(4, 2, 4, 37, 37, 3)
   for place in np.ndindex(4, 2, 4):
     top, left, bottom, right = out["boxes"][place]
     np.testing.assert_allclose(crops[place], full[place[:2]][top:bottom, left:right], atol=1e-5)
@@ -230,7 +236,7 @@ def test_m_net_alone_is_the_first_phase(variables, batch):
   names = ("backbone", "neck_features", "image_size", "group_size")
   net = MNet(**{name: SMALL[name] for name in names})
   alone = {name: {"m_net": variables[name]["m_net"]} for name in variables}
-  logits, out = net.apply(alone, **batch)
+  logits, out = net.apply(alone, **given(batch))
   np.testing.assert_allclose(
     logits, evaluate(network(), variables, batch, "m")[0], rtol=1e-4, atol=1e-5)
   assert set(out) == {"M", "y_M"}
