@@ -180,7 +180,7 @@ def test_a_damaged_map_costs_the_evolution_and_is_named(workdir, model, kind, ca
 
 
 def test_nothing_else_is_lost_where_no_map_was_kept(untrained_map, tmp_path, capsys):
-  """The evolution of an earlier explain stays away from this one's files, which are whole."""
+  """Another split, and more photographs than the page has room for: both are said."""
   explain.run(str(untrained_map), out=str(tmp_path), split="validation", limit=30)
   assert {path.name for path in tmp_path.iterdir()} == FILES - {"evolution.png", "evolution.gif"}
   said = capsys.readouterr().err

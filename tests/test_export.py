@@ -21,7 +21,8 @@ from PIL import Image
 
 import medattn_jax
 from medattn_jax import experiment, export, trained
-from medattn_jax.data import preprocess, synthetic
+from medattn_jax.checkpoint import Checkpoints
+from medattn_jax.data import planted, preprocess, synthetic
 from medattn_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -301,6 +302,93 @@ def test_the_map_leaves_and_the_bank_stays(attending, tmp_path, capsys):
   export.bundle(model, tmp_path / "again")
   for path in (tmp_path / "out").iterdir():
     assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path
+
+
+@pytest.fixture(scope="module")
+def of_map(untrained_map, tmp_path_factory):
+  """The bundle of a real global attention, as the command writes it. Not to be changed."""
+  out = tmp_path_factory.mktemp("bundle") / "map"
+  export.run(str(untrained_map), str(out))
+  return out
+
+
+@pytest.fixture(scope="module")
+def trained_on(map_config):
+  """The images of the bank, uint8 [40, 24, 24]: the training split, drawn anew."""
+  drawn = map_config.data.synthetic
+  return np.stack([planted.draw(drawn.seed, number, 24, 2)[0] for number in range(drawn.train)])
+
+
+def resemblance(array, images):
+  """The largest |correlation| of an image with as many neighbouring numbers of an array.
+
+  The array is read along each axis last, the image in rows; 0 where it has fewer numbers.
+  """
+  images = images.reshape(len(images), -1) - images.mean((1, 2))[:, None]
+  images = images / np.linalg.norm(images, axis=1, keepdims=True)
+  most, count = 0.0, images.shape[1]
+  for axis in range(array.ndim if array.size >= count else 0):
+    numbers = np.moveaxis(array, axis, -1).astype(np.float64).ravel()
+    numbers -= numbers.mean()
+    total, square = (np.cumsum([0, *x]) for x in (numbers, numbers**2))
+    total, square = (x[count:] - x[:-count] for x in (total, square))
+    length = np.sqrt(np.maximum(square - total**2 / count, 1e-9))
+    size = 1 << (len(numbers) + count).bit_length()
+    spectrum = np.fft.rfft(numbers, size)
+    for image in images:
+      products = np.fft.irfft(spectrum * np.fft.rfft(image, size).conj(), size)[:len(length)]
+      most = max(most, np.abs(products / length).max())
+  return most
+
+
+def test_a_real_map_leaves_and_no_image_of_its_bank_does(
+    of_map, untrained_map, trained_on):
+  """The map is the checkpoint's, bit by bit; no array is like any image the map was made of."""
+  weights = opened(of_map)[1]
+  tree, _ = Checkpoints(untrained_map / "checkpoints").load(12)
+  for kept in (weights["constants/map"], np.load(of_map / "attention.npy", allow_pickle=False)):
+    assert kept.dtype == np.float32
+    np.testing.assert_array_equal(
+      kept.view(np.uint32), np.asarray(tree["constants"]["map"]).view(np.uint32))
+  # The pixel classifier, which is as long as the bank, stays at home.
+  assert tree["params"]["pixel_classifier"]["rows"]["kernel"].shape == (64, 1)
+  assert {name.split("/")[1] for name in weights} == {"backbone", "map"}
+  alike = {name: resemblance(array, trained_on) for name, array in weights.items()}
+  assert max(alike.values()) < 0.7, alike
+  assert sum(value > 0 for value in alike.values()) > 2  # those that had room for an image
+  # An image would be found in any of them: whole, dimmed, turned over, and in noise.
+  name = max(weights, key=lambda name: weights[name].size)
+  for change in (lambda x: x, lambda x: 0.01 * x + 3, lambda x: -x,
+                 lambda x: x + np.random.default_rng(0).normal(0, x.std() / 2, x.shape)):
+    hidden = np.array(weights[name])
+    hidden.reshape(-1)[100:100 + 576] = change(trained_on[7].ravel() / np.float32(255))
+    assert resemblance(hidden, trained_on) > 0.8
+  # Nor are its bytes in any file, in rows or as floats.
+  whole = b"".join(path.read_bytes() for path in of_map.iterdir())
+  for image in trained_on:
+    assert image[12].tobytes() not in whole
+    assert (image[12] / np.float32(255)).tobytes() not in whole
+
+
+def test_a_real_map_answers_without_this_package(of_map, untrained_map, trained_on, tmp_path):
+  np.save(tmp_path / "images.npy", trained_on[:5, None, :, :, None])
+  python(f"""
+import jax, jax.export, numpy as np
+from safetensors.numpy import load_file
+program = jax.export.deserialize(bytearray(open({str(of_map / "model.stablehlo")!r}, "rb").read()))
+weights = load_file({str(of_map / "model.safetensors")!r})
+np.savez("answers.npz", **program.call(weights, np.load("images.npy")))
+""", tmp_path)
+  answers = np.load(tmp_path / "answers.npz")
+  expected = medattn_jax.load(untrained_map, devices=jax.devices()[:1]).predict(trained_on[:5])
+  for name in ("probabilities", "score", "grade"):
+    np.testing.assert_allclose(answers[name][:, 0], getattr(expected, name), rtol=0, atol=1e-5)
+  told, card = about(of_map), (of_map / "README.md").read_text()
+  assert told["input"]["shape"] == ["b", 1, 24, 24, 1] and told["program"]["batch"] == "any"
+  assert told["thresholds"] is None and "largest probability" in told["decision"]
+  for words in ("Global spatial attention", "class of the largest probability",
+                "40 examples drawn by a program"):
+    assert words in card
 
 
 def test_a_model_that_needs_a_size_gets_one_and_it_is_said(attending, tmp_path, capsys):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import medattn_jax
 from medattn_jax import evaluate, explain, metrics, predictor, trained
+from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.errors import UserError
 
 
@@ -146,6 +147,88 @@ def test_m_net_has_no_regions(untrained_m_net, photographs):
   with pytest.raises(UserError, match=r"m_net.*chooses no regions"):
     explain.run(str(untrained_m_net))
   assert not (untrained_m_net / "explanations").exists()
+
+
+@pytest.fixture(scope="module")
+def of_map(untrained_map):
+  """A global attention of gray images of 24 pixels."""
+  return medattn_jax.load(untrained_map, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def gray():
+  """uint8 [5, 24, 24], of the set that the model is of."""
+  from medattn_jax.data import planted
+
+  return np.stack([planted.draw(0, number, 24)[0] for number in range(5)])
+
+
+def test_a_global_attention_answers_with_its_one_map(of_map, untrained_map, gray):
+  """Against the network applied by hand, each image by itself, weighted by hand."""
+  result = of_map.predict(gray)
+  network = of_map._experiment.model
+  logits, _ = jax.jit(lambda v, x: network.apply(v, x, phase="frozen"))(
+    of_map.variables, gray[:, None, :, :, None])
+  expected = np.asarray(jax.nn.softmax(logits[:, 0]))
+  np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+  np.testing.assert_array_equal(result.grade, expected.argmax(-1))
+  assert result.boxes is None and of_map.thresholds is None
+  assert result.attention.dtype == np.float32 and result.attention.shape == (24, 24)
+  tree, _ = Checkpoints(untrained_map / "checkpoints").load(12)
+  np.testing.assert_array_equal(result.attention, tree["constants"]["map"])
+  assert len(np.unique(result.score)) == 5
+  unseen = np.where(result.attention < 1e-3, 255 - gray, gray)  # where nothing is attended
+  assert (unseen != gray).sum() > 100
+  np.testing.assert_allclose(of_map.predict(unseen).probabilities, expected, atol=1e-3)
+  seen = np.where(result.attention > 0.5, 255 - gray, gray)
+  assert np.abs(of_map.predict(seen).probabilities - expected).max() > 1e-2
+  eight = medattn_jax.load(untrained_map).predict(gray)
+  np.testing.assert_allclose(eight.probabilities, expected, atol=1e-5)
+
+
+def test_forms_of_gray_images_are_one(of_map, gray, tmp_path):
+  """Arrays with and without channels, and files of each kind that loses nothing."""
+  expected = of_map.predict(gray)
+  colour = np.repeat(gray[..., None], 3, axis=-1)
+  mixed = [gray[0], gray[1][..., None], colour[2], gray[3], colour[4]]
+  paths = [save(image, tmp_path / f"{i}.png") for i, image in enumerate((*gray[:4], colour[4]))]
+  for images in (gray[..., None], colour, list(gray), mixed, tuple(paths), str(tmp_path)):
+    result = of_map.predict(images)
+    np.testing.assert_array_equal(result.probabilities, expected.probabilities)
+  assert result.images == tuple(paths)
+
+
+def test_aligned_images_are_resized_as_a_whole(of_map, gray, tmp_path):
+  """No black border is cut, no black is added, and black is an image like others."""
+  framed = np.zeros((72, 96), np.uint8)
+  framed[20:50, 30:60] = np.kron(gray[0], np.ones((2, 2), np.uint8))[:30, :30]
+  whole = np.asarray(Image.fromarray(framed).resize((24, 24), Image.Resampling.LANCZOS))
+  expected = of_map.predict(whole[None]).probabilities
+  assert np.abs(expected - of_map.predict(gray[:1]).probabilities).max() > 1e-4
+  for images in (framed[None], [framed], [save(framed, tmp_path / "a.png")]):
+    np.testing.assert_allclose(of_map.predict(images).probabilities, expected, atol=1e-3)
+  assert of_map.predict(np.zeros((2, 24, 24), np.uint8)).images == ("0", "1")
+
+
+def test_aligned_images_have_no_fellows(of_map, gray, tmp_path):
+  """Left and right are names like others; one that cannot be graded costs no other."""
+  paths = [save(gray[0], tmp_path / "10_left.png"), save(gray[1], tmp_path / "10_right.png")]
+  result = of_map.predict([paths[1], paths[0]])
+  assert result.images == (paths[1], paths[0])
+  np.testing.assert_array_equal(
+    result.probabilities, of_map.predict(gray[[1, 0]]).probabilities)
+  small = save(gray[0][:20, :20], tmp_path / "small.png")
+  result = of_map.predict([small, *paths])
+  assert result.images == tuple(paths)
+  assert result.rejected == ((small, "has 20x20 pixels: at least 24 a side are needed"),)
+
+
+@pytest.mark.parametrize("images", [
+  black(24, 24), black(24, 24, 3), black(24, 24, 1), black(0, 24, 24), black(2, 24, 24, 2),
+  np.zeros((2, 24, 24), np.float32), [black(24, 24), black(24)], [black(1, 24, 24)], [None]])
+def test_what_is_no_aligned_image_is_answered_with_what_is_accepted(of_map, images):
+  with pytest.raises(UserError, match=r"\[N, H, W\]"):
+    of_map.predict(images)
 
 
 @pytest.mark.parametrize("path", ["missing.png", "a\0b.png", ""])

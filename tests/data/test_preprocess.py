@@ -241,3 +241,25 @@ def test_black_is_no_photograph():
   spot[50:60, 50:60] = 255
   with pytest.raises(BadImage, match="black"):
     preprocess.prepare_photograph(spot, 64)
+
+
+def test_an_aligned_image_is_fitted_and_never_cropped():
+  """Gray and colour each way; as it is where it fits; resized as a whole where it does not."""
+  rng = np.random.default_rng(0)
+  gray = rng.integers(0, 255, (24, 24), np.uint8)
+  colour = rng.integers(0, 255, (24, 24, 3), np.uint8)
+  fit = preprocess.fit_aligned
+  np.testing.assert_array_equal(fit(gray, 24, 1), gray[..., None])
+  np.testing.assert_array_equal(fit(gray[..., None], 24, 3), np.stack([gray] * 3, -1))
+  np.testing.assert_array_equal(fit(colour, 24, 3), colour)
+  weighted = colour @ [0.299, 0.587, 0.114]
+  assert np.abs(fit(colour, 24, 1)[..., 0] - weighted).max() <= 0.51
+  framed = np.zeros((96, 48), np.uint8)
+  framed[40:60, 20:30] = 200
+  found = fit(framed, 24, 1)[..., 0]
+  assert found.shape == (24, 24) and found.max() > 150
+  np.testing.assert_allclose(np.argwhere(found > 100).mean(0), (12, 12), atol=0.6)
+  assert not fit(np.zeros((50, 50), np.uint8), 24, 1).any()  # black is no reason
+  for shape, why in (((20, 24), "at least 24"), ((200, 30, 3), "too thin")):
+    with pytest.raises(BadImage, match=why):
+      fit(np.zeros(shape, np.uint8), 24, 1)
