@@ -2,6 +2,8 @@
 # make demo    trains Zoom-in-Net on drawn eyes, from nothing to figures
 # make test    the tests that take seconds: what a change must pass
 # make proof   everything: the long tests, and over three seeds that zooming pays
+# make proof-attention   a global attention against none, over three seeds: does it gain, and
+#              find the region that decides? (at most 40 minutes on two cores)
 # make lint    ruff's findings
 # make clean   removes .venv and caches; leaves runs/ and data/ alone
 #
@@ -14,7 +16,7 @@ FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2]
 RUN = .venv/bin/python
 STAMP = .venv/.installed-$(EXTRAS)
 
-.PHONY: help setup demo test proof lint clean
+.PHONY: help setup demo test proof proof-attention lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -48,6 +50,10 @@ test: $(STAMP)
 proof: $(STAMP)
 	$(RUN) -m pytest -n 2
 	$(RUN) -m benchmarks.zooming
+
+proof-attention: $(STAMP)
+	$(RUN) -m benchmarks.global_attention --sources=none,bank-linear --seeds=0,1,2 \
+	  --least-gain=0 --least-iou=0.6 --workdir=runs/proof_attention
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

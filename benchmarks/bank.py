@@ -1,0 +1,306 @@
+"""What the bank of a global attention costs a step: time, bytes, memory, against its images.
+
+`python -m benchmarks.bank [--size=small|full] [--classifiers=linear,conv] [--images=400,1600,6400]
+[--image-size=48] [--backbone=cnn] [--batch=32] [--plot=FILE] [--json]
+[--target=h100|h200|v5e|v5p]`
+
+Times a training step that reads the bank, the same step without attention, and the map's part alone
+(its forward pass and gradient): alternating, the least of several rounds. Reads from the compiled
+programs how often the bank crosses the memory's wires, how many bytes of floats do, and what
+memory the step takes besides. With --target the programs are compiled for a chip that is not
+here, and only read. Needs JAX, flax, optax and jaxtyping: neither TensorFlow nor config pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import targets, traffic
+
+SIZES = {
+  "small": {"images": "400,1600,6400", "image_size": 48, "backbone": "cnn", "batch": 32,
+            "rounds": 4, "steps": 4},
+  "full": {"images": "4096,16384,65536", "image_size": 96, "backbone": "resnet18", "batch": 64,
+           "rounds": 5, "steps": 20},
+}
+PAGE = {"source": "bank", "temperature": 1.0, "smoothing": 0.03, "area": 0.0,
+        "total_variation": 0.0, "binarisation": 0.0}
+AUGMENT = {"dihedral": False, "mirror": False, "shift": 0.1, "brightness": 0.0, "contrast": 0.0,
+           "colour": 0.0}
+LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.0, "focal_gamma": 2.0,
+        "ordinal": 0.0}
+
+
+class Program(NamedTuple):
+  compiled: Any
+  text: str
+  run: Callable[[int], float] | None  # milliseconds a call, over so many; None: not to be run here
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
+  parser.add_argument("--classifiers", default="linear,conv")
+  parser.add_argument("--images", help="of the bank, with commas between")
+  parser.add_argument("--image-size", type=int, help="pixels a side")
+  parser.add_argument("--backbone")
+  parser.add_argument("--batch", type=int)
+  parser.add_argument("--hidden", type=int, default=8, help="channels of the conv classifier")
+  parser.add_argument("--rounds", type=int)
+  parser.add_argument("--steps", type=int, help="of a round")
+  parser.add_argument("--target", choices=targets.NAMES, help="compile for it, and run nothing")
+  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
+  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
+  flags = parser.parse_args()
+  for name, value in SIZES[flags.size].items():
+    if getattr(flags, name) is None:
+      setattr(flags, name, value)
+  if flags.target:
+    if reason := targets.missing(flags.target):
+      sys.exit(f"benchmarks.bank: --target={flags.target}: {reason}")
+    targets.prepare()
+  rows = measure(flags)
+  if not flags.json:
+    print(table(rows))
+  for row in rows:
+    print(json.dumps(row, allow_nan=False))
+  if flags.plot:
+    plot(rows, flags.plot)
+
+
+def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
+  from medattn_jax import bank, sharding
+
+  mesh = sharding.mesh([targets.device(flags.target)] if flags.target else None)
+  without, rows = train_program(flags, mesh, None, None), []
+  for classifier in flags.classifiers.split(","):
+    for count in map(int, flags.images.split(",")):
+      held = bank.rows_of("bank", count, 1, 2, flags.batch)
+      if flags.target:
+        whole = bank.abstract("bank", held, flags.image_size, 1, mesh)
+      else:
+        rng, side = np.random.default_rng(0), flags.image_size
+        drawn = (rng.integers(0, 256, (side, side, 1), np.uint8) for _ in range(count))
+        whole = bank.fill(drawn, held, count, side, 1, mesh)
+      programs = {"without": without, "step": train_program(flags, mesh, classifier, whole),
+                  "map": map_program(flags, mesh, classifier, whole)}
+      rows.append({
+        "name": "bank", "classifier": classifier, "images": count,
+        "config": {key: getattr(flags, key) for key in
+                   ("image_size", "backbone", "batch", "hidden", "rounds", "steps")},
+        "devices": mesh.size, "device": flags.target or mesh.devices.flat[0].device_kind,
+        **figures(programs, held, flags, classifier, mesh.size)})
+  for row in rows:
+    row["images_that_double_a_step"] = doubling(
+      [own for own in rows if own["classifier"] == row["classifier"]])
+  return rows
+
+
+def figures(programs, held, flags, classifier, devices) -> dict[str, Any]:
+  """One row's numbers. Bytes are those of one device.
+
+  passes_in_step is the step's uint8 bytes without those of the step without attention: how the
+  batch's own images are read may differ between the two, which shows where the bank is small.
+  """
+  pixels = flags.image_size**2
+  outputs = 1 if classifier == "linear" else 9 * flags.hidden
+  share = held * pixels // devices
+  temporaries = {
+    name: one.compiled.memory_analysis().temp_size_in_bytes for name, one in programs.items()}
+  found = {
+    "bank_bytes": share, "flops": 4 * held * outputs * pixels, "temporary_bytes": temporaries,
+    "extra_temporaries_over_bank": (temporaries["step"] - temporaries["without"]) / share}
+  try:
+    moved = {name: traffic.moved(one.text) for name, one in programs.items()}
+    of = lambda name, kind: moved[name].get(kind, 0)
+    found |= {
+      "passes": of("map", "u8") / share,
+      "passes_in_step": (of("step", "u8") - of("without", "u8")) / share,
+      "float_bytes_over_bank": (of("map", "f32") + of("map", "bf16")) / share}
+  except traffic.UnknownLoop:  # the TPU's compiler does not say how often a loop runs
+    found |= {"passes": None, "passes_in_step": None, "float_bytes_over_bank": None}
+  times = dict.fromkeys(programs)
+  if not flags.target:
+    alternating = [{name: one.run(flags.steps) for name, one in programs.items()}
+                   for _ in range(flags.rounds)]
+    times = {name: min(one[name] for one in alternating) for name in programs}
+  found |= {f"{name}_ms": times[name] for name in times}
+  found["ratio"] = times["step"] / times["without"] if times["without"] else None
+  return found
+
+
+def doubling(rows: Sequence[dict[str, Any]]) -> int | None:
+  """At how many images the map takes as long as the step without it: by the largest bank's rate."""
+  last = max(rows, key=lambda row: row["images"])
+  return last["map_ms"] and round(last["images"] * last["without_ms"] / last["map_ms"])
+
+
+def train_program(flags, mesh, classifier: str | None, whole) -> Program:
+  """The whole training step, of a phase in which backbone and classifier learn."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from medattn_jax import models, sharding
+  from medattn_jax.models import pixel_classifier
+  from medattn_jax.step import State, make_train_step
+
+  side, each = flags.image_size, flags.batch // mesh.size
+  backbone = functools.partial(models.BACKBONES[flags.backbone], stem="small")
+  model = models.GlobalAttention(
+    backbone=backbone, num_classes=2, attends=classifier is not None, mean=(0.5,) * 3,
+    std=(0.25,) * 3, group_size=8 if each % 8 == 0 else each)
+  common = models.Joint(PAGE, 1000) if classifier else None
+  rates = {"backbone": optax.adamw(1e-3), "pixel_classifier": optax.adam(1e-2)}
+  optimizer = optax.multi_transform(rates, lambda params: {name: name for name in params})
+
+  def begin():
+    key = jax.random.key(0)
+    variables = model.init(key, jnp.zeros((1, 1, side, side, 1), jnp.uint8), train=False)
+    params = dict(variables["params"])
+    if classifier:
+      params["pixel_classifier"] = pixel_classifier.init(
+        key, classifier, whole.rows, flags.hidden, 2.0)
+    return State(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}),
+                 variables.get("constants", {}), optimizer.init(params), None)
+
+  shapes = jax.eval_shape(begin)
+  step = make_train_step(
+    functools.partial(model.apply, phase="joint"), optimizer, mesh, state=shapes, seed=0,
+    trained=tuple(shapes.params), answers=("logits",), loss=LOSS, augmentation=AUGMENT, ema=0.0,
+    common=common)
+  where = sharding.on(mesh, sharding.placed(shapes))
+  split = sharding.batched(mesh, axis=1)
+  rng = np.random.default_rng(1)
+  batch = {"image": rng.integers(0, 256, (1, flags.batch, 1, side, side, 1), np.uint8),
+           "level": rng.integers(0, 2, (1, flags.batch, 1), np.int32),
+           "mask": np.ones((1, flags.batch, 1), np.float32)}
+  shared = {"bank": whole.arrays} if classifier else {}
+  if flags.target:
+    abstract = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    inputs = {name: abstract(array, split) for name, array in batch.items()}
+    return _read(step.lower(jax.tree.map(abstract, shapes, where), inputs | shared).compile())
+  state = jax.jit(begin, out_shardings=where)()
+  inputs = sharding.put(batch, split) | shared
+  compiled = step.lower(state, inputs).compile()
+  held = [compiled(state, inputs)[0]]  # donated at each call
+
+  def run(times: int) -> float:
+    jax.block_until_ready(held)
+    start = time.perf_counter()
+    for _ in range(times):
+      held[0], _ = compiled(held[0], inputs)
+    jax.block_until_ready(held)
+    return (time.perf_counter() - start) * 1000 / times
+
+  return _read(compiled)._replace(run=run)
+
+
+def map_program(flags, mesh, classifier: str, whole) -> Program:
+  """The first layer's answers and its gradient, which the bank's size decides."""
+  import jax
+  import jax.numpy as jnp
+  from jax.sharding import PartitionSpec as P
+
+  from medattn_jax import models, sharding
+  from medattn_jax.models import pixel_classifier
+
+  reads = models.Joint(PAGE, 1000).reads["bank"]
+  side = flags.image_size
+  outputs = 1 if classifier == "linear" else 9 * flags.hidden
+
+  def local(kernel, bank, slope):
+    answers, pull = jax.vjp(lambda k: pixel_classifier.summand(k, **bank), kernel)
+    total = jax.lax.psum(answers, sharding.AXIS)
+    return total, pull(slope * total)[0]  # no gradient before there are answers, as in a step
+
+  specs = (P(sharding.AXIS), reads, P())
+  mapped = jax.jit(jax.shard_map(
+    local, mesh=mesh, in_specs=specs, out_specs=(P(), P(sharding.AXIS)), check_vma=False))
+  shapes = ((whole.rows, outputs), (outputs, side, side))
+  kernel, slope = (
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.on(mesh, spec))
+    for shape, spec in zip(shapes, specs[::2], strict=True))
+  compiled = mapped.lower(kernel, whole.arrays, slope).compile()
+  if flags.target:
+    return _read(compiled)
+  kernel, slope = (
+    jax.jit(functools.partial(jnp.ones, one.shape), out_shardings=one.sharding)()
+    for one in (kernel, slope))
+  jax.block_until_ready(compiled(kernel, whole.arrays, slope))
+
+  def run(times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+      answers = compiled(kernel, whole.arrays, slope)
+    jax.block_until_ready(answers)
+    return (time.perf_counter() - start) * 1000 / times
+
+  return _read(compiled)._replace(run=run)
+
+
+def _read(compiled) -> Program:
+  return Program(compiled, compiled.as_text(), None)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """The lines to read. Passes: how often the map's part reads the bank; floats: bytes, in banks."""
+  first = rows[0]
+  shown = lambda value, digits=2: "–" if value is None else f"{value:.{digits}f}"
+  heads = ("images", "bank MiB", "step ms", "without", "ratio", "map ms", "passes", "floats",
+           "memory +", "GFLOP")
+  config = first["config"]
+  lines = [f"{first['devices']} × {first['device']}, {config['image_size']}² pixels, "
+           f"{config['backbone']}, batch {config['batch']}",
+           f"{'classifier':12}" + "".join(f"{head:>10}" for head in heads)]
+  for row in rows:
+    cells = (f"{row['images']}", shown(row["bank_bytes"] / 2**20, 1), shown(row["step_ms"]),
+             shown(row["without_ms"]), shown(row["ratio"]), shown(row["map_ms"]),
+             shown(row["passes"]), shown(row["float_bytes_over_bank"], 1),
+             shown(row["extra_temporaries_over_bank"]), shown(row["flops"] / 1e9))
+    lines.append(f"{row['classifier']:12}" + "".join(f"{cell:>10}" for cell in cells))
+  lines.append("passes: reads of the bank by the map's part; floats and memory + (the step's "
+               "temporaries over those without): in bank sizes")
+  if first["map_ms"]:
+    for name in dict.fromkeys(row["classifier"] for row in rows):
+      twice = next(row for row in rows if row["classifier"] == name)["images_that_double_a_step"]
+      lines.append(f"{name}: the map takes as long as all else from about {twice} images on")
+  return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """Milliseconds a step by images of the bank; without times, memory by images."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  timed = rows[0]["step_ms"] is not None
+  figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+  for classifier in dict.fromkeys(row["classifier"] for row in rows):
+    own = [row for row in rows if row["classifier"] == classifier]
+    heights = [row["step_ms"] if timed else row["temporary_bytes"]["step"] / 2**20 for row in own]
+    panel.plot([row["images"] for row in own], heights, "o-", label=f"bank-{classifier}")
+  if timed:
+    panel.axhline(rows[0]["without_ms"], color="0.5", linestyle="--", label="without attention")
+  panel.set(xscale="log", xlabel="images of the bank",
+            ylabel="ms a step" if timed else "temporaries of a step, MiB")
+  panel.set_ylim(bottom=0)
+  panel.grid(alpha=0.3)
+  panel.legend()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)
+
+
+if __name__ == "__main__":
+  main()

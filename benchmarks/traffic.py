@@ -1,0 +1,183 @@
+"""The bytes that a compiled program moves, a loop's body counted as often as it runs.
+
+XLA's own cost analysis counts a loop's body once, and the GPU's compiler gives none. This reads the
+optimised program's text: what each instruction reads and writes of arrays that lie in memory, by
+their dtype. What a fusion keeps to itself is not counted; what a cache holds is, so for a
+processor with large caches the floats are an upper bound.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+          "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
+_TRIPS = re.compile(r'known_trip_count":?\s*=?\{\\?"?n\\?"?:\\?"?(\d+)')
+_BELOW = re.compile(
+  r"\b(?:body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_FLOATS = {"f16", "bf16", "f32", "f64"}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+         "partition-id", "replica-id", "optimization-barrier"}
+_SAME = {"bitcast", "reshape", "copy-done"}  # another name of the same bytes, inside a fusion
+
+
+class Instruction(NamedTuple):
+  name: str
+  shape: str
+  kind: str
+  operands: list[str]
+  number: int  # of a parameter
+  rest: str
+  root: bool
+
+
+Program = dict[str, dict[str, Instruction]]
+
+
+class UnknownLoop(ValueError):
+  """A loop whose number of rounds the program's text does not tell."""
+
+
+def moved(text: str) -> dict[str, int]:
+  """{dtype: bytes read and written} by one run of a compiled program (`compiled.as_text()`).
+
+  Raises:
+    UnknownLoop: a loop without a known number of rounds.
+  """
+  program, entry = parse(text)
+  return dict(_computation(program, entry))
+
+
+def floats(text: str, elements: int) -> list[str]:
+  """Every array of floats of at least so many elements that the program puts into memory.
+
+  What is within a fusion, and so never in memory, is not looked at.
+  """
+  program, entry = parse(text)
+  waiting, seen, found = [entry], set(), set()
+  while waiting:
+    for one in program[waiting.pop()].values():
+      arrays = (array for array in _ARRAY.finditer(one.shape) if _elements(array) >= elements)
+      found |= {array.group() for array in arrays if array.group(1) in _FLOATS}
+      below = set(_BELOW.findall(one.rest)) - seen if one.kind != "fusion" else set()
+      below |= set(_names(_BRANCHES.search(one.rest))) - seen
+      waiting += below
+      seen |= below
+  return sorted(found)
+
+
+def parse(text: str) -> tuple[Program, str]:
+  """The computations by name, each {instruction's name: instruction}; and the entry's name."""
+  program: Program = {}
+  entry = current = ""
+  for line in text.splitlines():
+    if head := _HEAD.match(line):
+      current = head.group(2)
+      program[current] = {}
+      entry = current if head.group(1) else entry
+    elif current and (found := _LINE.match(line)):
+      root, name, right = found.groups()
+      shape, right = _split(right) if right.startswith("(") else right.split(" ", 1)
+      kind, _, right = right.strip().partition("(")
+      operands, rest = _split("(" + right)
+      names = re.findall(r"%([\w.\-]+)", operands)
+      number = int(operands[1:-1]) if kind == "parameter" else -1
+      program[current][name] = Instruction(name, shape, kind, names, number, rest, bool(root))
+  return program, entry
+
+
+def _split(text: str) -> tuple[str, str]:
+  """A text in brackets, and what follows it."""
+  depth = 0
+  for place, sign in enumerate(text):
+    depth += (sign == "(") - (sign == ")")
+    if not depth:
+      return text[: place + 1], text[place + 1 :]
+  raise ValueError(f"brackets that do not close: {text[:80]}")
+
+
+def _names(found: re.Match | None) -> list[str]:
+  return re.findall(r"[\w.\-]+", found.group(1)) if found else []
+
+
+def _elements(array: re.Match) -> int:
+  return math.prod(int(side) for side in array.group(2).split(",") if side)
+
+
+def _size(shape: str) -> collections.Counter:
+  """{dtype: bytes} of an array's or a tuple's type."""
+  found = collections.Counter()
+  for array in _ARRAY.finditer(shape):
+    if array.group(1) in _BYTES:
+      found[array.group(1)] += _BYTES[array.group(1)] * _elements(array)
+  return found
+
+
+def _computation(program: Program, name: str) -> collections.Counter:
+  total = collections.Counter()
+  for one in program[name].values():
+    total += _instruction(program, name, one)
+  return total
+
+
+def _instruction(program: Program, inside: str, one: Instruction) -> collections.Counter:
+  called = lambda key: re.search(rf"\b{key}=%?([\w.\-]+)", one.rest)
+  size = lambda name: _size(program[inside][name].shape)
+  if one.kind in _FREE or one.kind.endswith("-done"):
+    return collections.Counter()
+  if one.kind == "while":
+    rounds = _TRIPS.search(one.rest)
+    if not rounds:
+      raise UnknownLoop(one.name)
+    body = _computation(program, called("body").group(1))
+    return collections.Counter({kind: int(rounds.group(1)) * n for kind, n in body.items()})
+  if one.kind == "call":
+    return _computation(program, called("to_apply").group(1))
+  if one.kind == "conditional":
+    names = _names(_BRANCHES.search(one.rest)) or [
+      called(key).group(1) for key in ("true_computation", "false_computation")]
+    return max((_computation(program, name) for name in names), key=collections.Counter.total)
+  if one.kind == "fusion":
+    return _fusion(program, one, [size(name) for name in one.operands], called("calls").group(1))
+  if one.kind in ("dynamic-slice", "slice", "gather"):
+    return _size(one.shape) + _size(one.shape)
+  if one.kind == "dynamic-update-slice":
+    return size(one.operands[1]) + size(one.operands[1])
+  return sum((size(name) for name in one.operands), _size(one.shape))
+
+
+def _fusion(program, one, operands, called) -> collections.Counter:
+  """Of an operand that is only sliced, the slices; of a result that is only updated, the update."""
+  body = program[called]
+  total = collections.Counter()
+  for inner in body.values():
+    if inner.kind == "parameter":
+      total += _read(body, inner.name, operands[inner.number])
+  roots = [inner for inner in body.values() if inner.root]
+  if roots[0].kind == "tuple":
+    roots = [body[name] for name in roots[0].operands]
+  for root in roots:
+    while root.kind in _SAME and root.operands:
+      root = body[root.operands[0]]
+    written = body[root.operands[1]] if root.kind == "dynamic-update-slice" else root
+    total += _size(written.shape)
+  return total
+
+
+def _read(body, name, whole) -> collections.Counter:
+  total = collections.Counter()
+  for user in (inner for inner in body.values() if name in inner.operands):
+    if user.kind in _SAME:
+      total += _read(body, user.name, whole)
+    elif user.kind in ("slice", "dynamic-slice") and user.operands[0] == name:
+      total += _size(user.shape)
+    elif not (user.kind == "dynamic-update-slice" and user.operands[0] == name):
+      return whole
+  return +collections.Counter({kind: min(n, whole[kind]) for kind, n in total.items()})
