@@ -144,7 +144,9 @@ def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(
       config=config.load_page(PAGE), signals=Signals(), checkpoints=None,
       log=types.SimpleNamespace(begin=lambda *_: None, step=lambda *_, **__: None),
   )  # fmt: skip
-  now = types.SimpleNamespace(phase="joint", begins=0, ends=2, common=None, put_train=lambda batch: batch)
+  now = types.SimpleNamespace(
+      phase="joint", begins=0, ends=2, common=None, put_train=lambda batch: batch
+  )
   saved = []
 
   def save(work, now, state, step, validates):
