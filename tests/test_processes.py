@@ -267,3 +267,22 @@ def test_one_process_needs_no_flag_and_agrees_with_itself():
   assert processes.gather_rows(rows)["name"] is rows["name"]
   assert processes.gather(3) == [3] and processes.agree(True) and not processes.agree(False)
   processes.end(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["bank", "stats", "batch"])
+def test_two_processes_share_a_bank_as_two_devices_do(source, tmp_path):
+  page = ROOT / "tests" / "pages" / "tiny_map.py"
+  command = lambda name: [
+      "train", f"--config={page}", f"--workdir={tmp_path / name}",
+      f"--config.data.dir={tmp_path / 'data'}", f"--config.attention.source={source}",
+  ]  # fmt: skip
+  one_process(*command("one"))
+  finish(*start_two(*command("two")))
+  got, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
+  assert list(got) == list(expected)
+  np.testing.assert_allclose([*got.values()], [*expected.values()], rtol=1e-3)
+  trees = [Checkpoints(tmp_path / w / "checkpoints").load(STEPS)[0] for w in ("one", "two")]
+  np.testing.assert_allclose(*(tree["constants"]["map"] for tree in trees), atol=0.05)
+  shapes = [tree["params"]["pixel_classifier"]["rows"]["kernel"].shape for tree in trees]
+  assert shapes[0] == shapes[1]

@@ -97,7 +97,8 @@ def scores(answers: Float[Array, "m h w"], params: Params) -> Float[Array, "h w"
 @jax.custom_vjp
 def project(kernel: Float[Array, "r m"], images: Num[Array, "r h w"]) -> Float[Array, "m h w"]:
   """Σ over rows of kernel × images, one pass over the images. They have no gradient."""
-  return jax.lax.platform_dependent(kernel, images, cuda=_fused, default=_blocked)
+  return jax.lax.platform_dependent(
+    kernel, images, cuda=_fused, tpu=_product, default=_blocked)
 
 
 def _project_forward(kernel, images):
@@ -106,7 +107,7 @@ def _project_forward(kernel, images):
 
 def _project_backward(images, gradient):
   kernel = jax.lax.platform_dependent(
-    gradient, images, cuda=_fused_gradient, default=_blocked_gradient)
+    gradient, images, cuda=_fused_gradient, tpu=_product_gradient, default=_blocked_gradient)
   return kernel, None
 
 
@@ -124,6 +125,16 @@ def _fused_gradient(gradient, images):
   if len(gradient) > 1:
     return _blocked_gradient(gradient, images)
   return (gradient * images.astype(jnp.float32)).sum((1, 2))[:, None]
+
+
+# One matrix product, into which a TPU's compiler takes the conversion. (Elsewhere it would make a
+# float copy of the bank; and a slice of the rows would make a TPU turn the whole bank around.)
+def _product(kernel, images):
+  return jnp.einsum("rm,rhw->mhw", kernel, images.astype(jnp.float32))
+
+
+def _product_gradient(gradient, images):
+  return jnp.einsum("mhw,rhw->rm", gradient, images.astype(jnp.float32))
 
 
 # Matrix products over a few rows at a time, that stay in the cache while they are float.

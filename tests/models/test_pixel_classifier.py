@@ -69,6 +69,11 @@ def test_blocks_and_one_kernel_agree(outputs, monkeypatch):
   np.testing.assert_allclose(
     pixel_classifier._blocked(kernel, images), np.einsum("rm,rhw->mhw", kernel, images),
     rtol=1e-4, atol=1e-2)
+  for by_tpu, plain in (
+      (pixel_classifier._product(kernel, images), pixel_classifier._blocked(kernel, images)),
+      (pixel_classifier._product_gradient(gradient, images),
+       pixel_classifier._blocked_gradient(gradient, images))):
+    np.testing.assert_allclose(by_tpu, plain, rtol=1e-4, atol=1e-1)
   np.testing.assert_allclose(
     pixel_classifier._fused(kernel, images), pixel_classifier._blocked(kernel, images), rtol=1e-4,
     atol=1e-2)
