@@ -1,4 +1,4 @@
-"""Zoom-in-Net for graded retinal photographs, in JAX: grades, and the regions that decided them.
+"""Zoom-in-Net and global spatial attention in JAX: what an image shows, and what decided it.
 
   model = medattn_jax.load("workdir")
   result = model.predict(["10_left.jpeg", "10_right.jpeg"])
