@@ -45,10 +45,10 @@ demo: $(STAMP)
 	$(RUN) -m medattn_jax train --config=configs/demo.py --workdir=runs/demo
 
 test: $(STAMP)
-	$(RUN) -m pytest -m "not slow" -n 2
+	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
 proof: $(STAMP)
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 	$(RUN) -m benchmarks.zooming
 
 proof-attention: $(STAMP)

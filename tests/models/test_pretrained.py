@@ -38,7 +38,9 @@ def constants(golden):
     for n, (tensor, shape) in enumerate(golden(name)["tensors"].items())}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Both VGG-16 have weights of half a gigabyte: one of them is enough for every day.
+@pytest.mark.parametrize("name", [
+  pytest.param(name, marks=[pytest.mark.slow] if name == "vgg16" else []) for name in NAMES])
 def test_answers_as_the_reference(name, golden, weights):
   expected = golden(name)
   state = weights.state_dict(expected["tensors"], expected["weight_seed"])
