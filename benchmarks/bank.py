@@ -159,7 +159,7 @@ def train_program(flags, mesh, classifier: str | None, whole) -> Program:
   model = models.GlobalAttention(
     backbone=backbone, num_classes=2, attends=classifier is not None, mean=(0.5,) * 3,
     std=(0.25,) * 3, group_size=8 if each % 8 == 0 else each)
-  common = models.Joint(PAGE, 1000) if classifier else None
+  common = models.Joint(PAGE) if classifier else None
   rates = {"backbone": optax.adamw(1e-3), "pixel_classifier": optax.adam(1e-2)}
   optimizer = optax.multi_transform(rates, lambda params: {name: name for name in params})
 
@@ -214,7 +214,7 @@ def map_program(flags, mesh, classifier: str, whole) -> Program:
   from medattn_jax import models, sharding
   from medattn_jax.models import pixel_classifier
 
-  reads = models.Joint(PAGE, 1000).reads["bank"]
+  reads = models.Joint(PAGE).reads["bank"]
   side = flags.image_size
   outputs = 1 if classifier == "linear" else 9 * flags.hidden
 

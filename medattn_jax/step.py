@@ -50,14 +50,14 @@ class Common(Protocol):
   def partial(self, params: Tree, batch: Batch) -> Tree:
     """A device's summand; only `params` has a gradient."""
 
-  def finish(self, total: Tree, params: Tree, age: jax.Array) -> Tree:
-    """The constants from the sum. `age`: of the phase, in steps."""
+  def finish(self, total: Tree, params: Tree) -> Tree:
+    """The constants from the sum."""
 
-  def penalty(self, constants: Tree, age: jax.Array) -> jax.Array:
+  def penalty(self, constants: Tree) -> jax.Array:
     """A term of the loss that depends on the constants alone."""
 
   def keep(self, old: Tree, new: Tree, age: jax.Array) -> Tree:
-    """The constants to answer with after this update."""
+    """The constants to answer with after this update. `age`: of the phase, in steps."""
 
 
 def make_train_step(
@@ -134,8 +134,7 @@ def make_train_step(
       shared = params.pop(common.branch)
       part, pull_part = jax.vjp(lambda p: common.partial(p, batch), shared)
       total = jax.lax.psum(part, sharding.AXIS)
-      finish = lambda total, p: common.finish(total, p, age)
-      made, pull_finish = jax.vjp(finish, total, shared)
+      made, pull_finish = jax.vjp(common.finish, total, shared)
     gradient = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)
     microbatches = {name: batch[name] for name in ("image", "level", "mask")}
 
@@ -172,7 +171,7 @@ def make_train_step(
     }
     constants = state.constants
     if common:
-      term, own_slope = jax.value_and_grad(common.penalty)(made, age)
+      term, own_slope = jax.value_and_grad(common.penalty)(made)
       metrics["loss"] += term
       back, own = pull_finish(jax.tree.map(jnp.add, slope, own_slope))
       (spread,) = pull_part(back)

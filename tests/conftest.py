@@ -114,7 +114,7 @@ def untrained_map(make_untrained, map_config):
   def constants(params):
     own = params["pixel_classifier"]
     own = own | {"rows": {"kernel": 20 * own["rows"]["kernel"]}}  # or it would be of one shade
-    drawn = joint.finish(joint.partial(own, {"bank": bank.arrays}), own, 0)
+    drawn = joint.finish(joint.partial(own, {"bank": bank.arrays}), own)
     return models.hand_on(map_config, "frozen", {"constants": drawn})["constants"]
 
   return make_untrained(map_config, "frozen", constants)

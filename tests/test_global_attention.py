@@ -241,7 +241,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("backbone, pixels, stem", [
-  ("resnet18", 32, "small"), pytest.param("resnet50", 32, "small", marks=SLOW),
+  pytest.param("resnet18", 32, "small", marks=SLOW),
+  pytest.param("resnet50", 32, "small", marks=SLOW),
   pytest.param("googlenet", 32, "small", marks=SLOW),
   pytest.param("densenet121", 32, "small", marks=SLOW),
   pytest.param("vgg16_bn", 32, "small", marks=SLOW),

@@ -152,7 +152,7 @@ def graded(config: Any, phase: str) -> tuple[str, ...]:
 def common(config: Any, phase: str) -> Joint | None:
   """What all images of an update share and is made anew at each step of the phase, or None."""
   if "pixel_classifier" in trained(config, phase):
-    return Joint(config.attention.to_dict(), config.phases[phase].steps)
+    return Joint(config.attention.to_dict())
   return None
 
 

@@ -116,13 +116,12 @@ class Joint:
 
   Args:
     attention: the page's `attention`, its source not "none".
-    steps: of the phase.
   """
 
   branch = "pixel_classifier"
 
-  def __init__(self, attention: Mapping[str, Any], steps: int):
-    self.page, self.steps = attention, steps
+  def __init__(self, attention: Mapping[str, Any]):
+    self.page = attention
     self.source = attention["source"].partition(":")[0]
     spread = {"images": P(sharding.AXIS), "valid": P(sharding.AXIS), "mean": P(), "scale": P()}
     self.reads = {} if self.source in ("free", "batch") else {"bank": spread}
@@ -136,9 +135,7 @@ class Joint:
       return pixel_classifier.batch_summands(kernel, batch["image"])
     return {"answers": pixel_classifier.summand(kernel, **batch["bank"])}
 
-  def finish(
-    self, total: Mapping[str, Array], params: Mapping[str, Any], age: Array
-  ) -> dict[str, Array]:
+  def finish(self, total: Mapping[str, Array], params: Mapping[str, Any]) -> dict[str, Array]:
     """{"map" [H, W]} from the sum over the devices."""
     if self.source == "free":
       scores = params["scores"]
@@ -150,7 +147,7 @@ class Joint:
       scores = smoothed(scores, self.page["smoothing"])
     return {"map": jax.nn.sigmoid(scores / self.page["temperature"])}
 
-  def penalty(self, constants: Mapping[str, Array], age: Array) -> Array:
+  def penalty(self, constants: Mapping[str, Array]) -> Array:
     """Area, total variation and binarisation, each a mean over the pixels."""
     weights, page = constants["map"], self.page
     variation = sum(jnp.abs(jnp.diff(weights, axis=axis)).mean() for axis in (0, 1))
