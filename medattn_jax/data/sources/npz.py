@@ -27,7 +27,8 @@ MAX_PHOTOGRAPHS = 10**7
 WHAT = "one .npz file with {train,val,test}_images and {train,val,test}_labels"
 IMAGES = "uint8 [N, H, H] or [N, H, H, 3]"
 LABELS = f"whole numbers [N, 1], 0 to {schema.MAX_CLASSES - 1}"
-# What a damaged archive raises while it is read.
+# What a damaged archive raises while it is read; zipfile says NotImplementedError where a byte of
+# it names a compression that there is not.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError)
 
 
