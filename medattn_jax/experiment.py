@@ -230,6 +230,11 @@ def layout(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {"pairs": each > 1, "channels": channels}
 
 
+def frame(config: ml_collections.ConfigDict) -> str:
+  """How photographs come into the model's frame: "cropped" one by one, or "whole", aligned."""
+  return config.data.frame if config.model.name == "global_attention" else "cropped"
+
+
 def answering(tree: Mapping[str, Any]) -> dict[str, Any]:
   """The variables to answer with, of a state's fields by name (params, ema, batch_stats, …)."""
   params = tree["params"] if tree.get("ema") is None else tree["ema"]

@@ -64,10 +64,7 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     continuation.refuse_strangers(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
-    data = config.data
-    dataset = pipeline.open_dataset(
-        data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
-    )
+    dataset = evaluate.open_data(config, None)
     graded = check_splits(dataset, config.model.num_classes)
     fill_bank.check(config, dataset)
     evaluate.check_same(dataset)
