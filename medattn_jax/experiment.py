@@ -150,6 +150,13 @@ class Experiment:
     shapes = banks.abstract(source, self._rows, image[0], image[2], self.mesh)
     return self.train_step.lower(self._abstract, batch | self._shared_inputs(shapes))
 
+  def lower_eval_step(self) -> jax.stages.Lowered:
+    """The eval step lowered for this mesh and a batch of the config's evaluation."""
+    image = (self.config.evaluation.batch_size, *models.image_shape(self.config))
+    image = (math.ceil(image[0] / self.mesh.size) * self.mesh.size, *image[1:])
+    batch = jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding.batched(self.mesh))
+    return self.eval_step.lower(self.variables(self._abstract), batch)
+
   @property
   def _rows(self) -> int:
     """Rows of the pixel classifier's first layer: the bank's, or of a set as the page draws it."""
