@@ -44,6 +44,7 @@ def check(
   input_dir: str | os.PathLike,
   data_dir: str | os.PathLike | None = None,
   *,
+  frame: str | None = None,
   workers: int | None = None,
   seed: int = 0,
   drop_duplicates: bool = False,
@@ -55,17 +56,17 @@ def check(
   """
   input_dir = pathlib.Path(input_dir)
   raw = prepare.read_raw(
-    source, input_dir, pathlib.Path(data_dir or input_dir), workers=workers, seed=seed,
-    drop_duplicates=drop_duplicates)
+    source, input_dir, pathlib.Path(data_dir or input_dir), frame=frame, workers=workers,
+    seed=seed, drop_duplicates=drop_duplicates)
   print(f"{input_dir}: checked as {source}; nothing is written")
   if isinstance(raw, Arrays):
     return _check_arrays(raw)
-  return _check_photographs(raw, workers, drop_duplicates)
+  return _check_photographs(raw, frame or prepare.FRAME, workers, drop_duplicates)
 
 
-def _check_photographs(raw: Labelled, workers: int | None, drop: bool) -> Found:
+def _check_photographs(raw: Labelled, frame: str, workers: int | None, drop: bool) -> Found:
   rejected = list(raw.rejected)
-  jobs = photographs.jobs_of(raw.photographs, rejected, pathlib.Path(), 0, 0)
+  jobs = photographs.jobs_of(raw.photographs, rejected, pathlib.Path(), 0, 0, frame)
   done = photographs.work(list(jobs.values()), workers, photographs.look)
   settled = prepare.sorted_out(raw.photographs, jobs, done, rejected, drop)
   examples = tally.examples(settled.kept)

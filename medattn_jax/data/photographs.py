@@ -1,8 +1,8 @@
 """Photographs prepared by all cores, one file each, so that work once done stays done.
 
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
-<key>.<checksum>.<checksum of the raw file>.<1 if enlarged>.jpg; the key stands for the raw file
-(place, size, time) and what it is to become.
+<key>.<checksum>.<checksum of the raw file>.<what was done to it>.jpg; the key stands for the raw
+file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
 POOL_FROM = 8  # fewer photographs are done sooner than processes start
+ENLARGED, STRETCHED = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Job:
   key: str
   full_size: int
   quality: int
+  frame: str
   there: str = ""  # the file an earlier run left
 
 
@@ -53,8 +55,8 @@ class Done:
   name: str = ""  # of its file, where it is prepared; the name holds the file's checksum
   reason: str = ""
   source: str = ""  # checksum of the raw file
-  enlarged: bool = False
-  pixels: str = ""  # checksum of what is within the black border, where it is only looked at
+  oddities: int = 0  # a sum of ENLARGED and STRETCHED
+  pixels: str = ""  # checksum of what would be prepared, where it is only looked at
   size: tuple[int, int] = (0, 0)  # width and height of the raw file, where it is only looked at
 
   @property
@@ -69,6 +71,7 @@ def jobs_of(
   store: pathlib.Path,
   full_size: int,
   quality: int,
+  frame: str,
 ) -> dict[str, Job]:
   """A job for each photograph that is there, by image_id; what went missing joins `rejected`."""
   jobs = {}
@@ -79,10 +82,10 @@ def jobs_of(
       rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
       continue
     identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
-    identity = json.dumps([*identity, full_size, quality]).encode()
+    identity = json.dumps([*identity, full_size, quality, frame]).encode()
     key = hashlib.sha256(identity).hexdigest()[:32]
     path, store = os.fspath(photograph.path), os.fspath(store)
-    jobs[photograph.image_id] = Job(path, store, key, full_size, quality)
+    jobs[photograph.image_id] = Job(path, store, key, full_size, quality, frame)
   return jobs
 
 
@@ -174,13 +177,16 @@ def _photograph(job: Job) -> Done:
   """Prepares one photograph into the store, or takes the one that is there and intact."""
   store = pathlib.Path(job.store)
   if job.there:
-    _, written, source, enlarged, _ = job.there.split(".")
+    _, written, source, oddities, _ = job.there.split(".")
     if checksum((store / job.there).read_bytes()) == written:
-      return Done(job.there, source=source, enlarged=enlarged == "1")
+      return Done(job.there, source=source, oddities=int(oddities))
   try:
     content = _bytes(job)
     raw = preprocess.decode_photograph(content)
-    image = preprocess.prepare_photograph(raw, job.full_size)
+    if job.frame == "whole":
+      image = preprocess.fit_aligned(raw, job.full_size, 3)
+    else:
+      image = preprocess.prepare_photograph(raw, job.full_size)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
@@ -188,10 +194,12 @@ def _photograph(job: Job) -> Done:
   jpeg = io.BytesIO()
   Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
   source = checksum(content)
-  enlarged = max(raw.shape[:2]) < job.full_size
-  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}.jpg"
+  height, width, _ = raw.shape
+  oddities = ENLARGED * (max(height, width) < job.full_size)
+  oddities += STRETCHED * (job.frame == "whole" and height != width)
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{oddities}.jpg"
   files.write_bytes(store / name, jpeg.getvalue())
-  return Done(name, source=source, enlarged=enlarged)
+  return Done(name, source=source, oddities=oddities)
 
 
 def look(job: Job) -> Done:
@@ -199,14 +207,16 @@ def look(job: Job) -> Done:
   try:
     content = _bytes(job)
     raw = preprocess.decode_photograph(content)
-    y0, y1, x0, x1 = preprocess.field_of_view(raw)
+    height, width = raw.shape[:2]
+    y0, y1, x0, x1 = 0, height, 0, width
+    if job.frame != "whole":
+      y0, y1, x0, x1 = preprocess.field_of_view(raw)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
     return Done(reason="needs more memory than there is")
   seen = np.ascontiguousarray(raw[y0:y1, x0:x1])
   pixels = hashlib.blake2b(seen.data, digest_size=16, person=b"%dx%d" % seen.shape[:2])
-  height, width = raw.shape[:2]
   return Done(source=checksum(content), pixels=pixels.hexdigest(), size=(width, height))
 
 

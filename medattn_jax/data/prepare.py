@@ -27,10 +27,9 @@ from medattn_jax.data.sources import Arrays, Labelled, Photograph
 from medattn_jax.errors import UserError, nearest
 
 SOURCES = datasets.PREPARED
-FULL_SIZE = 1230  # of photographs; pixels that are ready keep their size
+FULL_SIZE, FRAME = 1230, "cropped"  # of photographs; pixels that are ready keep their own
 REJECTED = "rejected.csv"
 FILES = "photographs.json"  # within a set: the file names its photographs had while prepared
-READY = ("npz", "fer2013")  # the sources of pixels; all others are of photographs
 SIDES = ((16, 8000), (32, 8000))  # of pixels that are ready, and of photographs
 
 
@@ -50,6 +49,7 @@ def prepare(
   data_dir: str | os.PathLike,
   *,
   full_size: int | None = None,
+  frame: str | None = None,
   workers: int | None = None,
   seed: int = 0,
   quality: int = 95,
@@ -64,6 +64,9 @@ def prepare(
     source: one of SOURCES.
     full_size: side of the stored photographs in pixels; by default FULL_SIZE for photographs, and
       their own for pixels that are ready.
+    frame: "cropped", each photograph by its own black border and padded to a square (the default
+      of photographs), or "whole", as images that are aligned are to be (that of pixels that are
+      ready; they accept no other): the image as it is becomes the square.
     workers: processes; by default as many as there are cores. Pixels that are ready need but one.
     seed: of the split by patients, where none is stated.
     quality: of the stored JPEGs.
@@ -76,8 +79,8 @@ def prepare(
   """
   input_dir, data_dir = pathlib.Path(input_dir), pathlib.Path(data_dir)
   found = read_raw(
-    source, input_dir, data_dir, workers=workers, seed=seed, drop_duplicates=drop_duplicates,
-    full_size=full_size, quality=quality)
+    source, input_dir, data_dir, full_size=full_size, frame=frame, workers=workers, seed=seed,
+    quality=quality, drop_duplicates=drop_duplicates)
   store = data_dir / f".prepare-{source}"
   from medattn_jax.data.datasets import prepared
 
@@ -87,7 +90,8 @@ def prepare(
       if isinstance(found, Arrays):
         return _prepare_arrays(source, found, data_dir, full_size or found.size)
       full_size = full_size or FULL_SIZE
-      return _prepare(source, found, data_dir, store, full_size, workers, seed, quality,
+      frame = frame or FRAME
+      return _prepare(source, found, data_dir, store, full_size, frame, workers, seed, quality,
                       drop_duplicates)
   except BlockingIOError:
     raise UserError(f"{data_dir}: another prepare is writing there") from None
@@ -100,20 +104,22 @@ def read_raw(
   input_dir: pathlib.Path,
   data_dir: pathlib.Path,
   *,
+  full_size: int | None = None,
+  frame: str | None,
   workers: int | None,
   seed: int,
-  drop_duplicates: bool,
-  full_size: int | None = None,
   quality: int = 95,
+  drop_duplicates: bool,
 ) -> Labelled | Arrays:
   """What the source finds in `input_dir`; what is to be said of it is said, nothing is written.
 
   The arguments are those of `prepare`, and checked. What is prepared in `data_dir` is no input.
   """
-  _check(source, input_dir, data_dir, full_size, workers, quality)
-  if source in READY and drop_duplicates:
+  _check(source, input_dir, data_dir, full_size, frame, workers, quality)
+  if source in datasets.ARRAYS and drop_duplicates:
+    others = ", ".join(name for name in SOURCES if name not in datasets.ARRAYS)
     raise UserError(f"--drop-duplicates: --source={source} keeps the splits it was published with; "
-                    f"accepted with photographs: {', '.join(s for s in SOURCES if s not in READY)}")
+                    f"accepted with photographs: {others}")
   store = data_dir / f".prepare-{source}"
   skip = [data_dir / source, store, data_dir / f".building-{source}"]
   if data_dir.resolve() != input_dir.resolve():
@@ -130,18 +136,22 @@ def read_raw(
   return found
 
 
-def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
+def _check(source, input_dir, data_dir, full_size, frame, workers, quality) -> None:
   if source not in SOURCES:
     hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
-  if source not in READY and not input_dir.is_dir():
+  if source not in datasets.ARRAYS and not input_dir.is_dir():
     raise UserError(f"--input={input_dir} is no folder")
   if not input_dir.exists():
     raise UserError(f"--input={input_dir} is neither a folder nor a file")
   if data_dir.exists() and not data_dir.is_dir():
     raise UserError(f"--data-dir={data_dir} is no folder")
+  frames = ("whole",) if source in datasets.ARRAYS else ("cropped", "whole")
+  if frame is not None and frame not in frames:
+    raise UserError(f"--frame={frame}; accepted for {source}: {', '.join(frames)}")
+  sides = SIDES[source not in datasets.ARRAYS]
   for flag, value, low, high in (
-    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source not in READY]),
+    ("--full-size", FULL_SIZE if full_size is None else full_size, *sides),
     ("--workers", 1 if workers is None else workers, 1, 1024),
     ("quality", quality, 1, 100),
   ):
@@ -150,13 +160,14 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
 
 
 def _prepare(
-  source, labelled, data_dir, store, full_size, workers, seed, quality, drop
+  source, labelled, data_dir, store, full_size, frame, workers, seed, quality, drop
 ) -> Summary:
   from medattn_jax.data.datasets import prepared
 
   rejected = list(labelled.rejected)
-  jobs = photographs.jobs_of(labelled.photographs, rejected, store, full_size, quality)
-  identity = [source, photographs.METHOD, full_size, quality, seed, rejected, [
+  jobs = photographs.jobs_of(
+    labelled.photographs, rejected, store, full_size, quality, frame)
+  identity = [source, photographs.METHOD, full_size, frame, quality, seed, rejected, [
     [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split]
     for p in labelled.photographs if p.image_id in jobs
   ], *["without duplicates"] * drop]
@@ -194,6 +205,7 @@ def _prepare(
     lambda directory: prepared.Prepared(
       source=source,
       full_size=full_size,
+      frame=frame,
       examples={s: lambda rows=rows: _read(rows, store) for s, rows in examples.items()},
       data_dir=directory,
     ),
@@ -267,6 +279,7 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
       channels=arrays.channels,
       encoding="png",
       num_classes=arrays.num_classes,
+      frame="whole",
       examples={s: functools.partial(pixels.examples, arrays, s, size, census)
                 for s in arrays.counts},
       data_dir=directory,
@@ -326,9 +339,12 @@ def _recover(folder: pathlib.Path, wanted: set[str], store: pathlib.Path) -> Non
 
 
 def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size: int) -> None:
-  enlarged = sum(result.enlarged for _, result in kept)
-  if enlarged:
+  count = lambda oddity: sum(bool(result.oddities & oddity) for _, result in kept)
+  if enlarged := count(photographs.ENLARGED):
     console.say(f"{enlarged} photographs are smaller than {full_size} pixels and were enlarged")
+  if stretched := count(photographs.STRETCHED):
+    console.warn(f"{stretched} photographs are no squares and were stretched: the frame is theirs "
+                 "as a whole")
 
 
 def _write_rejected(data_dir: pathlib.Path, rejected: Sequence[Sequence[str]]) -> None:

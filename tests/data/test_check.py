@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medattn_jax.data import check as module
 from medattn_jax.data import prepare
@@ -125,3 +126,10 @@ def test_a_set_within_the_input_is_no_input(clinic):
   before = json.dumps(sorted(map(str, state(clinic.folder))))
   assert not module.check("csv", clinic.folder, workers=1).rejected
   assert json.dumps(sorted(map(str, state(clinic.folder)))) == before
+
+
+def test_aligned_images_are_checked_as_a_whole(camera):
+  camera.both(["a.jpg", "b.jpg"])
+  Image.new("RGB", (60, 60)).save(camera.folder / "b.jpg")
+  assert dict(module.check("csv", camera.folder, workers=1).rejected) == {"b.jpg": "is wholly black"}
+  assert not module.check("csv", camera.folder, workers=1, frame="whole").rejected
