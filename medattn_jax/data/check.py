@@ -27,7 +27,7 @@ class Found:
 
   `one_eyed`: patients of each split without a photograph of the other eye; every one where the
   pixels are ready. `shorter`, `longer`: least, median and most pixels of the photographs' sides.
-  `repeated`: photographs that repeat another one.
+  `repeated`: photographs that repeat another one. `rejected`: (file, reason).
   """
 
   patients: dict[str, int]
@@ -80,11 +80,12 @@ def _check_photographs(raw: Labelled, frame: str, workers: int | None, drop: boo
     one_eyed=tally.one_eyed(examples),
     shorter=_range([min(size) for size in sizes]),
     longer=_range([max(size) for size in sizes]),
-    repeated=settled.repeated,
+    repeated=sum(len(own) - 1 for own in settled.same),
     rejected=rejected,
   )
   tally.show(found.patients, levels, one_eye=found.one_eyed)
-  _tell(found)
+  named = lambda p: f"{p.image_id} ({p.split}, level {p.level})"
+  _tell(found, [" and ".join(map(named, own)) for own in settled.same])
   if not settled.kept:
     raise UserError(prepare.unusable(rejected))
   if settled.fault:
@@ -111,7 +112,7 @@ def _check_arrays(raw: Arrays) -> Found:
   for remark in census.remarks():
     console.warn(remark)
   tally.show(found.patients, levels)
-  _tell(found)
+  _tell(found, [])
   if not raw.counts:
     raise UserError(prepare.unusable(raw.rejected))
   return found
@@ -121,11 +122,15 @@ def _range(values: Sequence[int]) -> tuple[int, int, int]:
   return (min(values), round(statistics.median(values)), max(values)) if values else (0, 0, 0)
 
 
-def _tell(found: Found) -> None:
-  """Prints sizes, duplicates and what is rejected, file by file as far as they are few."""
+def _tell(found: Found, same: list[str]) -> None:
+  """Prints sizes, duplicates and what is rejected, one by one as far as they are few."""
   for what, (least, median, most) in (("shorter", found.shorter), ("longer", found.longer)):
     print(f"the {what} side has {least} to {most} pixels, {median} in the median")
   print(f"{found.repeated} photographs repeat another one")
+  for names in same[:SHOWN]:
+    print(f"  {names}")
+  if len(same) > SHOWN:
+    print(f"  and {len(same) - SHOWN} more")
   print(f"{len(found.rejected)} rejected")
   for name, reason in found.rejected[:SHOWN]:
     print(f"  {name}: {reason}")

@@ -27,16 +27,15 @@ class Settled:
 
   Attributes:
     kept: what is left. rejected: (file, reason) of what was dropped. notes: what is to be said.
-    repeated: how many photographs repeat another one. torn: of them, those whose splits are stated
-      and several. fault: why `kept` may not be used, or "".
+    same: the names of each photograph that has several, as they came. fault: why `kept` may not be
+      used, or "".
   """
 
   kept: list[Entry]
   rejected: list[tuple[str, str]]
   notes: list[str]
-  repeated: int
-  torn: int
-  fault: str
+  same: list[list[Photograph]]
+  fault: str = ""
 
 
 def settle(kept: Sequence[Entry], drop: bool) -> Settled:
@@ -45,8 +44,7 @@ def settle(kept: Sequence[Entry], drop: bool) -> Settled:
   for entry in kept:
     groups[entry[1].content].append(entry)
   groups = [[p for p, _ in own] for own in groups.values() if len(own) > 1]
-  repeated = sum(len(own) - 1 for own in groups)
-  found = Settled(list(kept), [], _differing(groups), repeated, 0, "")
+  found = Settled(list(kept), [], _differing(groups), groups)
   if drop:
     _drop(found, groups)
     return found
@@ -54,7 +52,6 @@ def settle(kept: Sequence[Entry], drop: bool) -> Settled:
   place = {photograph.image_id: photograph for photograph, _ in found.kept}
   groups = [[place[photograph.image_id] for photograph in own] for own in groups]
   torn = [own for own in groups if len({photograph.split for photograph in own}) > 1]
-  found.torn = sum(len(own) - 1 for own in torn)
   if torn:
     first = torn[0][0]
     other = next(photograph for photograph in torn[0] if photograph.split != first.split)
@@ -62,7 +59,7 @@ def settle(kept: Sequence[Entry], drop: bool) -> Settled:
     found.fault = (f"{first.image_id} ({first.split}) and {other.image_id} ({other.split}) are the "
                    f"same photograph in two splits{more}; accepted: photographs in one split each, "
                    "or --drop-duplicates, which keeps them where they are tested on")
-  if groups:
+  elif groups:
     names = ", ".join(photograph.image_id for photograph in groups[0][:3])
     found.notes.append(f"{len(groups)} photographs are there more than once under different names "
                        f"and are all kept, the first: {names}")

@@ -58,7 +58,8 @@ def test_it_ends_as_prepare_would(clinic, capsys):
   shutil.copy(clinic.folder / "1_left.jpg", clinic.folder / "4_left.jpg")
   with pytest.raises(UserError, match=r"1_left \(train\) and 4_left \(test\) are the same"):
     module.check("csv", clinic.folder, workers=1)
-  assert "1 photographs repeat another one" in capsys.readouterr().out  # all is said before
+  assert ("1 photographs repeat another one\n  1_left (train, level 0) and 4_left (test, level 1)\n"
+          ) in capsys.readouterr().out  # all is said before
   found = module.check("csv", clinic.folder, workers=1, drop_duplicates=True)
   assert found.patients == {"train": 3, "test": 2} and found.one_eyed == {"train": 1, "test": 1}
   for path in clinic.folder.glob("*.jpg"):

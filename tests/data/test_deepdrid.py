@@ -102,7 +102,7 @@ def test_a_level_is_of_the_eye_of_its_column(repository):
   test = {p.image_id: (p.patient, p.eye, p.level) for p in found.photographs if p.split == "test"}
   assert test["347_r2"] == ("347", "right", 2) and len(test) == 8
   assert not found.rejected
-  assert "5 names say another eye than the column of their level: it counts" in found.notes
+  assert "5 names say another eye than the column of their level, which counts" in found.notes
   assert any("ultra-widefield_images are photographs of another kind" in n for n in found.notes)
 
 

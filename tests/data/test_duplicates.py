@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 
 import pytest
 
-from medattn_jax.data import duplicates
+from medattn_jax.data import duplicates, schema
 from medattn_jax.data import prepare as module
 from medattn_jax.data.photographs import Done
 from medattn_jax.data.sources import Photograph
@@ -31,17 +32,17 @@ def test_without_copies_nothing_is_done_or_said():
   for drop in (False, True):
     settled = duplicates.settle(kept, drop)
     assert settled.kept == kept and not settled.notes and not settled.fault
-    assert (settled.repeated, settled.torn, settled.rejected) == (0, 0, [])
+    assert settled.same == settled.rejected == []
 
 
 def test_copies_in_stated_splits_are_a_fault_that_names_them():
   settled = duplicates.settle(entries(
     ("a", "1", "train"), ("b", "2", "train"), ("c", "1", "train"), ("d", "1", "test"),
     ("e", "2", "validation"), ("f", "3", "test"), ("g", "3", "test")), False)
-  assert (settled.repeated, settled.torn) == (4, 3)
+  assert [len(own) for own in settled.same] == [3, 2, 2]
   assert "a (train) and d (test) are the same photograph in two splits, and so are 1 more" in (
     settled.fault)
-  assert "--drop-duplicates" in settled.fault and len(settled.kept) == 7
+  assert "--drop-duplicates" in settled.fault and len(settled.kept) == 7 and not settled.notes
 
 
 def test_copies_within_a_split_are_kept_and_said():
@@ -80,6 +81,33 @@ def test_patients_whose_split_was_drawn_are_put_together():
   assert not settled.fault and not settled.rejected
   assert any("3 patients have a photograph of a patient in another split" in n
              for n in settled.notes)
+
+
+def test_no_photograph_and_no_patient_is_ever_in_two_splits():
+  chance = random.Random(0)
+  faults = 0
+  for _ in range(300):
+    kinds = {f"p{n}": (chance.choice(schema.SPLITS), chance.random() < 0.7) for n in range(9)}
+    rows = []
+    for number in range(chance.randrange(1, 25)):
+      patient, (split, drawn) = chance.choice(sorted(kinds.items()))
+      rows.append((f"{number}", f"{chance.randrange(14)}", split, patient, 0, drawn))
+    for drop in (False, True):
+      settled = duplicates.settle(entries(*rows), drop)
+      homes, places = {}, {}
+      for photograph, done in settled.kept:
+        places.setdefault(done.content, set()).add(photograph.split)
+        homes.setdefault(photograph.patient, set()).add(photograph.split)
+        if not photograph.drawn:
+          assert photograph.split == kinds[photograph.patient][0]
+      torn = any(len(where) > 1 for where in places.values())
+      assert torn == bool(settled.fault) and all(len(where) == 1 for where in homes.values())
+      assert not drop or (not torn and len(places) == len(settled.kept))
+      assert len(settled.kept) + len(settled.rejected) == len(rows)
+      faults += torn
+      stated = {content for _, content, _, patient, _, drawn in rows if not drawn}
+      assert not torn or len(stated) > 1  # what was drawn alone is never at fault
+  assert 0 < faults < 300
 
 
 def test_prepare_ends_at_a_shared_photograph_and_goes_on_without(camera, data, capsys, rejected_of):

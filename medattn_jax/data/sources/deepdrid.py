@@ -62,7 +62,7 @@ def read(place: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) ->
   if not lines:
     raise UserError(f"--input={place} has no sheet of labels; accepted: {WHAT}")
   if turned:
-    notes.append(f"{turned} names say another eye than the column of their level: it counts")
+    notes.append(f"{turned} names say another eye than the column of their level, which counts")
   if any(listed.has(f, OTHERS) for f in (root, root.parent) if f.is_relative_to(place)):
     notes.append(f"{OTHERS} are photographs of another kind and are not read")
   return listed.labelled(lines, folders, notes, seed, str(root))
