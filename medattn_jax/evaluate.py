@@ -144,7 +144,7 @@ def open_data(config: ml_collections.ConfigDict, data: str | None) -> Any:
   dataset = pipeline.open_dataset(
     config.data.name if data is None else data, config.data.dir,
     full_size=config.data.full_size, synthetic=config.data.synthetic.to_dict())
-  if dataset.frame != (frame := experiment.frame(config)):
+  if dataset.frame not in (None, frame := experiment.frame(config)):
     if config.model.name == "global_attention":
       raise UserError(
         f"data set {dataset.name} in {dataset.folder} has {dataset.frame} photographs where "

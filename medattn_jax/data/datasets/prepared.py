@@ -30,7 +30,7 @@ from medattn_jax.errors import UserError
 INDEX = "index.json"
 # What an index says that names no other: fundus photographs.
 FUNDUS = {
-  "channels": 3, "encoding": "jpeg", "classes": schema.LEVELS, "region": None, "frame": "cropped"}
+  "channels": 3, "encoding": "jpeg", "classes": schema.LEVELS, "region": None, "frame": None}
 
 
 class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -59,7 +59,7 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     channels: int = FUNDUS["channels"],
     encoding: str = FUNDUS["encoding"],
     num_classes: int = FUNDUS["classes"],
-    frame: str = FUNDUS["frame"],
+    frame: str = "cropped",
     **arguments,
   ):
     self.name = source
