@@ -41,6 +41,11 @@ class Census:
       self._copies.append((first, name))
       self._torn += where != split
 
+  @property
+  def repeated(self) -> int:
+    """How many photographs repeat another one."""
+    return len(self._copies)
+
   def remarks(self) -> Iterator[str]:
     self._live.close()
     if self._copies:
