@@ -30,6 +30,7 @@ class Experiment:
     mesh: a sharding.mesh over the devices.
     model: the linen module.
     begins: the run's step at which the phase begins; `ends` the one before which it ends.
+    images: of one update, over all devices; both eyes of a pair count.
     bank: of a global attention, where one is at hand.
     eval_step: (variables, image) → {"logits", "y_M", …}, see step.make_eval_step.
   """
@@ -52,6 +53,8 @@ class Experiment:
     before = order[: order.index(phase)]
     self.begins = sum(config.phases[name].steps for name in before)
     self.ends = self.begins + self.page.steps
+    each = models.IMAGES[config.model.name]
+    self.images = each * config.data.batch_size * self.page.accumulation
     earlier = {b for name in before if config.phases[name].steps for b in table[name]}
     self.optimizer = optim.build(self.page, earlier)
     if self.common:

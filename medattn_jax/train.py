@@ -362,15 +362,13 @@ class Log:
       )
     if step % self.config.logging.every and step != self.now.ends:
       return
-    page, data = self.now.page, self.config.data
-    now = time.monotonic()
-    images = 2 * data.batch_size * page.accumulation * (step - self.since_step)
-    rate = images / (now - self.since)
+    now, images = time.monotonic(), self.now.images
+    rate = images * (step - self.since_step) / (now - self.since)
     self.since, self.since_step = now, step
     values["learning_rate"] = float(self.now.learning_rate(step - 1 - self.now.begins))
     self._write(step, values | {"images_per_second": rate})
     self.rates.setdefault(self.now.phase, []).append(rate)
-    seconds = 2 * data.batch_size * page.accumulation * (self.now.ends - step) / rate
+    seconds = images * (self.now.ends - step) / rate
     self.live.show(
         f"phase {self.now.phase}  step {step}/{self.now.ends}  loss {values['loss']:.4f}  "
         f"accuracy {values['accuracy']:.3f}  {rate:.1f} images/s  "
