@@ -44,13 +44,14 @@ def temperature(probabilities: np.ndarray, level: np.ndarray) -> float:
   logits = logits_of(probabilities)
   own = np.take_along_axis(logits, np.asarray(level, np.int64)[:, None], 1)[:, 0]
 
-  def loss(log_t: float) -> float:
-    scale = np.exp(-log_t)
-    return float(np.mean(special.logsumexp(logits * scale, axis=1) - own * scale))
+  def loss(heat: float) -> float:
+    return float(np.mean(special.logsumexp(logits / heat, axis=1) - own / heat))
 
-  edges = np.log(TEMPERATURES)
-  found = optimize.minimize_scalar(loss, bounds=edges, method="bounded", options={"xatol": 1e-9})
-  return float(np.exp(min((0.0, *edges, found.x), key=loss)))
+  found = optimize.minimize_scalar(
+    lambda log_heat: loss(np.exp(log_heat)), bounds=np.log(TEMPERATURES), method="bounded",
+    options={"xatol": 1e-9})
+  best = min((*TEMPERATURES, float(np.exp(found.x))), key=loss)
+  return best if loss(best) < loss(1.0) - 1e-12 else 1.0  # more than rounding
 
 
 def negative_log_likelihood(probabilities: np.ndarray, level: np.ndarray) -> float:

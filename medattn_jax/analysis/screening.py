@@ -203,7 +203,8 @@ def of_scores(
 
   Returns:
     images, positives, auc, auc_ci, accuracy, accuracy_ci, and for each of POINTS, by a name such as
-    sensitivity_at_specificity_90, {value, interval}. None where all or none are positive.
+    sensitivity_at_specificity_90, {value, interval}. None where all or none are positive, and
+    without images.
   """
   positive, patient = np.asarray(positive, bool), np.asarray(patient, str)
   having = {kind: (int((positive == kind).sum()), len(np.unique(patient[positive == kind])))
@@ -214,7 +215,7 @@ def of_scores(
   statistics += [makers[asked](positive, score, at) for asked, at in POINTS]
   resampled = metrics.resampled(patient, statistics, resamples, seed)
   everyone = np.ones((1, len(positive)))
-  accuracy = float(right.mean())
+  accuracy = float(right.mean()) if len(right) else None
   auc, auc_ci = metrics.auc(positive, score), None
   if auc is not None:
     _, variance = delong.areas(positive, np.asarray(score)[None], patient)

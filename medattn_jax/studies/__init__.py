@@ -48,6 +48,9 @@ STUDIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "compare": (
     "two models on the same images: areas by DeLong's test, kappa by a paired bootstrap",
     SEVERAL_RUNS),
+  "table": (
+    "the paper's rows beside what workdirs reached, as Markdown",
+    {"--workdir": _WORKDIRS, **_OUT}),
 }
 
 
