@@ -1,8 +1,8 @@
 """Photographs prepared by all cores, one file each, so that work once done stays done.
 
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
-<key>.<checksum>.<checksum of the raw file>.<1 if enlarged>.jpg; the key stands for the raw file
-(place, size, time) and what it is to become.
+<key>.<checksum>.<checksum of the raw file>.<what was done to it>.jpg; the key stands for the raw
+file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
 POOL_FROM = 8  # fewer photographs are done sooner than processes start
+ENLARGED, STRETCHED = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Job:
   key: str
   full_size: int
   quality: int
+  frame: str
   there: str = ""  # the file an earlier run left
 
 
@@ -52,7 +54,7 @@ class Done:
   name: str = ""
   reason: str = ""
   source: str = ""  # checksum of the raw file
-  enlarged: bool = False
+  oddities: int = 0  # a sum of ENLARGED and STRETCHED
 
 
 def jobs_of(
@@ -61,6 +63,7 @@ def jobs_of(
   store: pathlib.Path,
   full_size: int,
   quality: int,
+  frame: str,
 ) -> dict[str, Job]:
   """A job for each photograph that is there, by image_id; what went missing joins `rejected`."""
   jobs = {}
@@ -71,10 +74,10 @@ def jobs_of(
       rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
       continue
     identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
-    identity = json.dumps([*identity, full_size, quality]).encode()
+    identity = json.dumps([*identity, full_size, quality, frame]).encode()
     key = hashlib.sha256(identity).hexdigest()[:32]
     path, store = os.fspath(photograph.path), os.fspath(store)
-    jobs[photograph.image_id] = Job(path, store, key, full_size, quality)
+    jobs[photograph.image_id] = Job(path, store, key, full_size, quality, frame)
   return jobs
 
 
@@ -160,13 +163,16 @@ def _photograph(job: Job) -> Done:
   """Prepares one photograph into the store, or takes the one that is there and intact."""
   store = pathlib.Path(job.store)
   if job.there:
-    _, written, source, enlarged, _ = job.there.split(".")
+    _, written, source, oddities, _ = job.there.split(".")
     if checksum((store / job.there).read_bytes()) == written:
-      return Done(job.there, source=source, enlarged=enlarged == "1")
+      return Done(job.there, source=source, oddities=int(oddities))
   try:
     content = preprocess.read_bytes(job.path)
     raw = preprocess.decode_photograph(content)
-    image = preprocess.prepare_photograph(raw, job.full_size)
+    if job.frame == "whole":
+      image = preprocess.fit_aligned(raw, job.full_size, 3)
+    else:
+      image = preprocess.prepare_photograph(raw, job.full_size)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
@@ -174,10 +180,12 @@ def _photograph(job: Job) -> Done:
   jpeg = io.BytesIO()
   Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
   source = checksum(content)
-  enlarged = max(raw.shape[:2]) < job.full_size
-  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}.jpg"
+  height, width, _ = raw.shape
+  oddities = ENLARGED * (max(height, width) < job.full_size)
+  oddities += STRETCHED * (job.frame == "whole" and height != width)
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{oddities}.jpg"
   files.write_bytes(store / name, jpeg.getvalue())
-  return Done(name, source=source, enlarged=enlarged)
+  return Done(name, source=source, oddities=oddities)
 
 
 def checksum(content: bytes) -> str:

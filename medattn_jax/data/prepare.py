@@ -51,6 +51,7 @@ def prepare(
   data_dir: str | os.PathLike,
   *,
   full_size: int | None = None,
+  frame: str | None = None,
   workers: int | None = None,
   seed: int = 0,
   quality: int = 95,
@@ -64,6 +65,9 @@ def prepare(
     source: one of SOURCES.
     full_size: side of the stored photographs in pixels; by default FULL_SIZE for photographs, and
       their own for pixels that are ready.
+    frame: "cropped", each photograph by its own black border and padded to a square (the default
+      of photographs), or "whole", as images that are aligned are to be (that of pixels that are
+      ready; they accept no other): the image as it is becomes the square.
     workers: processes; by default as many as there are cores. Pixels that are ready need but one.
     seed: of the split by patients, where none is stated.
     quality: of the stored JPEGs.
@@ -72,7 +76,7 @@ def prepare(
     UserError: no usable input, or a place that cannot be written; nothing is left half done.
   """
   input_dir, data_dir = pathlib.Path(input_dir), pathlib.Path(data_dir)
-  _check(source, input_dir, data_dir, full_size, workers, quality)
+  _check(source, input_dir, data_dir, full_size, frame, workers, quality)
   store = data_dir / f".prepare-{source}"
   skip = [data_dir / source, store, data_dir / f".building-{source}"]
   if data_dir.resolve() != input_dir.resolve():
@@ -91,14 +95,15 @@ def prepare(
       if isinstance(found, Arrays):
         return _prepare_arrays(source, found, data_dir, full_size or found.size)
       full_size = full_size or FULL_SIZE
-      return _prepare(source, found, data_dir, store, full_size, workers, seed, quality)
+      frame = frame or "cropped"
+      return _prepare(source, found, data_dir, store, full_size, frame, workers, seed, quality)
   except BlockingIOError:
     raise UserError(f"{data_dir}: another prepare is writing there") from None
   except OSError as error:
     raise UserError(f"{error.filename or data_dir}: {error.strerror or error}") from None
 
 
-def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
+def _check(source, input_dir, data_dir, full_size, frame, workers, quality) -> None:
   if source not in SOURCES:
     hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
@@ -108,8 +113,12 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
     raise UserError(f"--input={input_dir} is neither a folder nor a file")
   if data_dir.exists() and not data_dir.is_dir():
     raise UserError(f"--data-dir={data_dir} is no folder")
+  frames = ("whole",) if source in datasets.ARRAYS else ("cropped", "whole")
+  if frame is not None and frame not in frames:
+    raise UserError(f"--frame={frame}; accepted for {source}: {', '.join(frames)}")
+  sides = SIDES[source not in datasets.ARRAYS]
   for flag, value, low, high in (
-    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source == "csv"]),
+    ("--full-size", FULL_SIZE if full_size is None else full_size, *sides),
     ("--workers", 1 if workers is None else workers, 1, 1024),
     ("quality", quality, 1, 100),
   ):
@@ -117,12 +126,15 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
       raise UserError(f"{flag}={value}: {low} to {high} are accepted")
 
 
-def _prepare(source, labelled, data_dir, store, full_size, workers, seed, quality) -> Summary:
+def _prepare(
+  source, labelled, data_dir, store, full_size, frame, workers, seed, quality
+) -> Summary:
   from medattn_jax.data.datasets import prepared
 
   rejected = list(labelled.rejected)
-  jobs = photographs.jobs_of(labelled.photographs, rejected, store, full_size, quality)
-  identity = [source, photographs.METHOD, full_size, quality, seed, rejected, [
+  jobs = photographs.jobs_of(
+    labelled.photographs, rejected, store, full_size, quality, frame)
+  identity = [source, photographs.METHOD, full_size, frame, quality, seed, rejected, [
     [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split]
     for p in labelled.photographs if p.image_id in jobs
   ]]
@@ -166,6 +178,7 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
     lambda directory: prepared.Prepared(
       source=source,
       full_size=full_size,
+      frame=frame,
       examples={s: lambda rows=rows: _read(rows, store) for s, rows in examples.items()},
       data_dir=directory,
     ),
@@ -212,6 +225,7 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
       channels=arrays.channels,
       encoding="png",
       num_classes=arrays.num_classes,
+      frame="whole",
       examples={s: functools.partial(pixels.examples, arrays, s, size, census)
                 for s in arrays.counts},
       data_dir=directory,
@@ -297,9 +311,12 @@ def _recover(folder: pathlib.Path, wanted: set[str], store: pathlib.Path) -> Non
 
 
 def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size: int) -> None:
-  enlarged = sum(result.enlarged for _, result in kept)
-  if enlarged:
+  count = lambda oddity: sum(bool(result.oddities & oddity) for _, result in kept)
+  if enlarged := count(photographs.ENLARGED):
     console.say(f"{enlarged} photographs are smaller than {full_size} pixels and were enlarged")
+  if stretched := count(photographs.STRETCHED):
+    console.warn(f"{stretched} photographs are no squares and were stretched: the frame is theirs "
+                 "as a whole")
   same = collections.defaultdict(list)
   for photograph, result in kept:
     same[result.source].append(photograph.image_id)
