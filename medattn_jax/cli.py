@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from medattn_jax import studies
 from medattn_jax.errors import UserError
 from medattn_jax.signals import Stopped
 
@@ -121,6 +122,13 @@ def make_parser() -> Parser:
   add.add_argument("--drop-duplicates", action="store_true", help="keep one of photographs that "
                    "are the same, where it is tested on; else two splits must not share one")
 
+  add = command("study", study, "ask something of trained models: medattn study --help")
+  names = add.add_subparsers(required=True, metavar="NAME", dest="study", parser_class=Parser)
+  for name, (help, options) in studies.STUDIES.items():
+    add = names.add_parser(name, help=help, description=help, allow_abbrev=False)
+    for flag, option in options.items():
+      add.add_argument(flag, **option)
+
   command("doctor", doctor, "show versions, devices, a matmul rate and advice")
   return parser
 
@@ -212,6 +220,13 @@ def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
       seed=flags.seed,
       drop_duplicates=flags.drop_duplicates,
   )
+
+
+def study(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  _, options = studies.STUDIES[flags.study]
+  names = [flag.removeprefix("--").replace("-", "_") for flag in options]
+  studies.load(flags.study).run(**{name: getattr(flags, name) for name in names})
 
 
 def doctor(flags: argparse.Namespace, rest: Sequence[str]) -> None:
