@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -193,7 +192,7 @@ def run(
     UserError: nothing was written.
   """
   place = pathlib.Path(out) if out else pathlib.Path(workdir) / "evaluation"
-  check_folder(place)
+  files.check_folder(place)
   model = trained.open_workdir(workdir, step)
   dataset = open_data(model.config, data)
   split = choose_split(dataset, split)
@@ -222,17 +221,6 @@ def run(
     _write(place, contents)
     _print(found, place, contents)
   return processes.from_first(found)
-
-
-def check_folder(place: pathlib.Path) -> None:
-  """Raises UserError where a folder cannot be made or written to. Touches nothing."""
-  existing = place.absolute()
-  while not os.path.lexists(existing):
-    existing = existing.parent
-  if not existing.is_dir():
-    raise UserError(f"{place}: {existing} is a file; accepted: a folder to write to")
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise UserError(f"{place}: {existing} cannot be written to; accepted: a folder to write to")
 
 
 def _evaluated(place: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -19,7 +19,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +31,7 @@ import numpy as np
 import safetensors.numpy
 
 from medattn_jax import config as pages
-from medattn_jax import console, doctor, evaluate, files, sharding, trained
+from medattn_jax import console, doctor, files, sharding, trained
 from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
 
@@ -85,7 +84,7 @@ def run(workdir: str, out: str, step: str | int = "best") -> None:
   Raises:
     UserError: nothing was written.
   """
-  place = _check_out(out)
+  place = files.check_new_folder(out)
   model = trained.open_workdir(workdir, step, sharding.devices()[:1])
   bundle(model, place)
   size = sum(path.stat().st_size for path in place.iterdir())
@@ -284,24 +283,6 @@ def card(
     "- Whether it serves all groups of people alike was not measured.", "",
   ]
   return "\n".join(lines)
-
-
-def _check_out(out: str) -> pathlib.Path:
-  """The folder to make. Raises UserError where it cannot be, before any work."""
-  accepted = "accepted: a new folder or an empty one"
-  if not out:
-    raise UserError(f"--out='': {accepted}")
-  place = pathlib.Path(os.path.abspath(out))
-  if place.is_symlink():
-    raise UserError(f"--out={out}: is a link; {accepted}")
-  evaluate.check_folder(place)
-  if place.is_dir():
-    if os.listdir(place):
-      raise UserError(f"--out={out}: is not empty; {accepted}")
-    if place.samefile(os.curdir) or place.is_mount():
-      raise UserError(f"--out={out}: cannot be put in place while it is in use; {accepted}")
-    evaluate.check_folder(place.parent)
-  return place
 
 
 def _example(model: trained.Trained) -> tuple[int, int, int, int]:

@@ -25,6 +25,7 @@ from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.data import pipeline
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
+from medattn_jax.models import weights
 from medattn_jax.signals import Signals, Stopped
 from medattn_jax.step import State
 from medattn_jax.workdir import MetricsLog, Workdir
@@ -63,6 +64,8 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     processes.meet()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     continuation.refuse_strangers(directory, config, checkpoints)
+    if not checkpoints.any():
+      processes.same("weights to begin from", weights.check(config))
     keep_compiled(directory.path / "compilation_cache")
     data = config.data
     dataset = pipeline.open_dataset(
