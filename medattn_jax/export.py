@@ -34,6 +34,7 @@ from medattn_jax import config as pages
 from medattn_jax import console, doctor, files, sharding, trained
 from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
+from medattn_jax.models import weights as published
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS, PROGRAM = "model.safetensors", "model.stablehlo"
@@ -338,12 +339,14 @@ def _measured(model: trained.Trained) -> dict[str, Any] | None:
 
 def _trained_on(config: Any) -> str:
   data = config.data
+  begun = ", ".join(f"`{_cell(pathlib.Path(folder).name)}`" for folder in published.folders(config))
+  begun = begun and f" It began with published weights, imported as {begun}."
   if data.name in datasets.DRAWN:
     drawn = data.synthetic
     return (f"`{_cell(data.name)}`: {drawn.train:,} examples drawn by a program (seed "
-            f"{drawn.seed}), no photographs. What it answers for real images means nothing.")
+            f"{drawn.seed}), no photographs. What it answers for real images means nothing.{begun}")
   return (f"The training split of the data set `{_cell(data.name)}`. What is in it, how it was "
-          "graded and what its licence asks of such a model, its owner has to say.")
+          f"graded and what its licence asks of such a model, its owner has to say.{begun}")
 
 
 def _figures(measured: Mapping[str, Any] | None) -> list[str]:

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from medattn_jax import config
+from medattn_jax import config, continuation, trained
 from medattn_jax.errors import UserError
 
 PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -119,3 +119,26 @@ def test_a_missing_and_a_surplus_key_are_named(tmp_path):
   values["norm"] |= {"momentum": 0.9, "epsilon": 1}
   with pytest.raises(UserError, match=r"unknown key norm.epsilon"):
     config.from_dict(values)
+
+
+def test_a_stored_config_of_before_a_key_came_goes_on_as_it_did():
+  """Pages must have every key; what runs stored is completed."""
+  values = config.to_dict(config.load_page(SMOKE))
+  del values["model"]["init_from"]
+  assert config.from_dict(values).model.init_from == ""
+  assert "init_from" not in values["model"]
+  new = config.to_dict(config.load_page(SMOKE))
+  continuation.refuse_other_run(pathlib.Path("w"), new, values, 4)
+  trained._agree(config.from_dict(values), {"config": new}, pathlib.Path("w"))
+  trained._agree(config.from_dict(new), {"config": values}, pathlib.Path("w"))
+  new["model"]["init_from"] = "weights"
+  with pytest.raises(UserError, match=r"model.init_from = '', not 'weights'"):
+    continuation.refuse_other_run(pathlib.Path("w"), new, values, 4)
+
+
+def test_a_page_without_a_new_key_is_no_page(tmp_path):
+  page = tmp_path / "page.py"
+  text = pathlib.Path(SMOKE).read_text()
+  page.write_text(text.replace('  config.model.init_from = ""\n', ""))
+  with pytest.raises(UserError, match=r"key model.init_from is missing"):
+    config.load_page(str(page))

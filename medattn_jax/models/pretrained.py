@@ -47,6 +47,8 @@ _LEAVES = {
   "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
   "var": "running_var"}
 
+_MARK = 7919  # a number of classes that is no other size of any network
+
 Layout = dict[tuple[str, ...], jax.ShapeDtypeStruct]
 
 
@@ -128,7 +130,7 @@ def to_torch(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
   head = given.get(("params", HEADS[name].replace(".", "-"), "kernel"))
   classes = None if head is None else np.shape(head)[-1]
   wanted = layout(name, classes, **({"aux": True} if name in models.AUXILIARY else {}))
-  optional = set(trunk_lacks(name)) | {path for path in wanted if is_auxiliary(name, path)}
+  optional = trunk_lacks(name) | {path for path in wanted if is_auxiliary(name, path)}
 
   found, misshapen = {}, set()
   for path, value in given.items():
@@ -153,20 +155,34 @@ def known(name: str, where: str) -> None:
                     f"{nearest(name, HEADS)}; accepted: {', '.join(HEADS)}")
 
 
-@functools.cache
 def layout(name: str, num_classes: int | None, **options: Any) -> Layout:
   """{(collection, module, …, leaf): shape and dtype} of a backbone's variables."""
-  net = models.backbone(name, num_classes, **options)
+  found = {}
+  for path, leaf in _traced(name, **options).items():
+    if _MARK not in leaf.shape:
+      found[path] = leaf
+    elif num_classes is not None:
+      shape = tuple(num_classes if size == _MARK else size for size in leaf.shape)
+      found[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+  if num_classes is None:  # GoogLeNet has no auxiliary heads then
+    return {path: leaf for path, leaf in found.items() if not is_auxiliary(name, path)}
+  return found
+
+
+@functools.cache
+def _traced(name: str, **options: Any) -> Layout:
+  """The layout with _MARK for the number of classes: a large network takes seconds to trace."""
+  net = models.backbone(name, _MARK, **options)
   shapes = jax.eval_shape(
     lambda: net.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3)), train=False))
   return traverse_util.flatten_dict(dict(shapes))
 
 
-@functools.cache
-def trunk_lacks(name: str) -> tuple[tuple[str, ...], ...]:
+def trunk_lacks(name: str) -> set[tuple[str, ...]]:
   """The leaves of a backbone that M-Net leaves out of it; its head is not among them."""
-  trunk = layout(name, None, **models.TRUNKS.get(name, {}))
-  return tuple(path for path in layout(name, None) if path not in trunk)
+  if name not in models.TRUNKS:
+    return set()
+  return layout(name, None).keys() - layout(name, None, **models.TRUNKS[name]).keys()
 
 
 def is_head(name: str, path: tuple[str, ...]) -> bool:

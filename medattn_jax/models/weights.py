@@ -127,6 +127,11 @@ def read(folder: str, key: str) -> Weights:
   return Weights(name, classes, mean, std, variables, sha256)
 
 
+def folders(config: Any) -> list[str]:
+  """The folders of weights that a run of this page begins from."""
+  return [_folder(config, key) for key in _asked(config)]
+
+
 def check(config: Any) -> dict[str, str]:
   """{key: checksum} of all weights that a run of this page begins from.
 
@@ -200,7 +205,7 @@ def _put(variables: Mapping, branch: tuple[str, ...], weights: Weights, what: st
   drawn, left = own.keys() - taken, given.keys() - taken
   _refuse(f"{what}: weights of {name}", {
     "missing": {path for path in drawn - head if not pretrained.is_auxiliary(name, path)},
-    "not known": {path for path in left - set(pretrained.trunk_lacks(name))
+    "not known": {path for path in left - pretrained.trunk_lacks(name)
                   if not pretrained.is_head(name, path)},
     "of another shape": {path for path in taken if given[path].shape != flat[own[path]].shape}})
   flat |= {own[path]: given[path] for path in taken}
