@@ -182,14 +182,17 @@ GLOBAL_ATTENTION = {
         "binarisation": number(0),
         "kept": whole(0, 1000),
     },
-    "data": {"channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3")},
+    "data": {
+        "channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3"),
+        "frame": one_of("whole", "cropped"),
+    },
 }
-
-# Keys that came when there were runs already: a run without one goes on with the value given here.
-LATER = {"model.init_from": ""}
 
 MODELS = {
     "zoom_in_net": ZOOM_IN_NET, "m_net": ZOOM_IN_NET, "global_attention": GLOBAL_ATTENTION}
+
+# Keys of MODELS that came when there were runs already: by these values those go on as they did.
+LATER = {"model.init_from": "", "data.frame": "whole"}
 
 
 def load_page(
@@ -248,9 +251,11 @@ def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ml_coll
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
   """A stored config with the keys that have come since, as LATER has them."""
   values = dict(values)
+  model = values.get("model")
+  named = str(model.get("name")) if isinstance(model, Mapping) else ""
   for key, value in LATER.items():
     group, _, name = key.partition(".")
-    if isinstance(values.get(group), Mapping):
+    if name in MODELS.get(named, {}).get(group, {}) and isinstance(values.get(group), Mapping):
       values[group] = {name: value, **values[group]}
   return values
 

@@ -134,6 +134,13 @@ def test_a_stored_config_of_before_a_key_came_goes_on_as_it_did():
   new["model"]["init_from"] = "weights"
   with pytest.raises(UserError, match=r"model.init_from = '', not 'weights'"):
     continuation.refuse_other_run(pathlib.Path("w"), new, values, 4)
+  aligned = config.to_dict(config.load_page(str(PAGES[0].with_name("planted_region.py"))))
+  del aligned["data"]["frame"]
+  assert config.from_dict(aligned).data.frame == "whole"
+  assert "frame" not in config.completed(values)["data"]
+  for damaged in ({}, {"model": 3}, {"model": {"name": []}}, {"model": {}, "data": 1}):
+    with pytest.raises(UserError):
+      config.from_dict(damaged)
 
 
 def test_a_page_without_a_new_key_is_no_page(tmp_path):
