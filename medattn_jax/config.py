@@ -202,7 +202,7 @@ def load_page(
 ) -> ml_collections.ConfigDict:
   """Runs the page `path`, applies `overrides` ((dotted key, text) pairs) and checks it all.
 
-  A page may import those beside it.
+  A page may import those beside it, and those of the folder above.
 
   Raises:
     UserError: the page is missing, broken or without get_config(); a key is unknown (the nearest
@@ -240,15 +240,17 @@ def load_page(
 
 @contextlib.contextmanager
 def _siblings(folder: pathlib.Path) -> Iterator[None]:
-  """Pages of `folder` can be imported meanwhile; another folder's of the same name later."""
-  sys.path.insert(0, str(folder))
+  """Pages there and above can be imported meanwhile; others of the same names later."""
+  places = [folder, folder.parent]
+  sys.path[:0] = map(str, places)
   before = set(sys.modules)
   try:
     yield
   finally:
-    sys.path.remove(str(folder))
+    for place in places:
+      sys.path.remove(str(place))
     for name in set(sys.modules) - before:
-      if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+      if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent in places:
         del sys.modules[name]
 
 

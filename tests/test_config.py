@@ -9,8 +9,8 @@ import pytest
 from medattn_jax import config, continuation, trained
 from medattn_jax.errors import UserError
 
-PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-SMOKE = str(PAGES[0].with_name("smoke.py"))
+PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").rglob("*.py"))
+SMOKE = str(pathlib.Path(__file__).parents[1] / "configs" / "smoke.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -155,7 +155,7 @@ def test_a_stored_config_of_before_a_key_came_goes_on_as_it_did():
   new["model"]["init_from"] = "weights"
   with pytest.raises(UserError, match=r"model.init_from = '', not 'weights'"):
     continuation.refuse_other_run(pathlib.Path("w"), new, values, 4)
-  aligned = config.to_dict(config.load_page(str(PAGES[0].with_name("planted_region.py"))))
+  aligned = config.to_dict(config.load_page(SMOKE.replace("smoke", "planted_region")))
   del aligned["data"]["frame"]
   assert config.from_dict(aligned).data.frame == "whole"
   assert "frame" not in config.completed(values)["data"]
