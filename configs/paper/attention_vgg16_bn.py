@@ -1,4 +1,4 @@
-"""Global spatial attention before VGG-16 with BatchNorm at 224 pixels, aligned images (papers.md §2).
+"""Global spatial attention before VGG-16-BN at 224 pixels, on aligned images (papers.md §2).
 
 Command:   medattn prepare --source=npz --input=pneumoniamnist_224.npz --data-dir=data/chest_224
            medattn train --config=configs/paper/attention_vgg16_bn.py --workdir=runs/vgg16_bn
