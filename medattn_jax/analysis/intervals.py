@@ -2,7 +2,7 @@
 
 The plain percentiles of a bootstrap are too narrow with few patients and useless where a figure
 reaches its end: a sensitivity of one in the sample is one in every resample. Each kind of figure
-has here the interval that covered best in simulation (tests/analysis/test_coverage.py).
+has here the interval that covered best in simulation (tests/analysis/test_interval_coverage.py).
 """
 
 from __future__ import annotations
