@@ -89,46 +89,23 @@ def run(
 def regions_of(
   gated: np.ndarray, boxes: np.ndarray, config: ml_collections.ConfigDict
 ) -> list[Region]:
-  """Why each region was chosen: the selection (crops.select_regions) followed for one photograph.
+  """Why each region of one photograph was chosen: the selection followed.
 
   Args:
     gated: float [h, w, C]; the gated attention maps.
     boxes: int [N, 4]; the regions as the model gave them, strongest first.
     config: of the model.
   """
-  size, mask = config.data.image_size, config.model.mask_size
-  centres = np.asarray(crops.select_regions(
-    jnp.asarray(gated)[None], size, mask, len(boxes), config.model.mask_scope,
-    config.model.coords)[0])
-  regions, chosen = [], []
-  for box, centre in zip(boxes, centres, strict=True):
-    response = _response(np.asarray(gated, np.float32), centre, size, config.model.coords)
-    response[0] = -np.inf  # level 0 is never chosen
-    for level, earlier in chosen:
-      first = earlier - mask // 2
-      if ((first <= centre) & (centre < first + mask)).all():
-        response[slice(None) if config.model.mask_scope == "all" else level] = -np.inf
-    level = int(response.argmax())
-    if np.isfinite(response[level]):
-      chosen.append((level, centre))
-      regions.append(Region(tuple(map(int, box)), level, float(response[level])))
-    else:
-      regions.append(Region(tuple(map(int, box)), None, None))
+  found = crops.responses(
+    jnp.asarray(gated)[None], config.data.image_size, config.model.mask_size, len(boxes),
+    config.model.mask_scope, config.model.coords)
+  regions = []
+  for box, level, strength in zip(
+      boxes, np.asarray(found.levels[0]), np.asarray(found.strengths[0]), strict=True):
+    there = bool(np.isfinite(strength))
+    why = (int(level), float(strength)) if there else (None, None)
+    regions.append(Region(tuple(map(int, box)), *why))
   return regions
-
-
-def _response(gated: np.ndarray, centre: np.ndarray, size: int, coords: str) -> np.ndarray:
-  """float64 [C]: the maps at a pixel of the image_size frame."""
-  cells = np.array(gated.shape[:2])
-  if coords == "receptive_field":
-    row, column = (centre - 37) // 32  # cell i is at pixel 37 + 32 i
-    return gated[row, column].astype(np.float64)
-  position = np.clip((centre + 0.5) * cells / size - 0.5, 0, cells - 1)
-  low = np.minimum(position.astype(int), np.maximum(cells - 2, 0))
-  high, (down, along) = np.minimum(low + 1, cells - 1), position - low
-  top, bottom = (
-    gated[row, low[1]] * (1 - along) + gated[row, high[1]] * along for row in (low[0], high[0]))
-  return (top * (1 - down) + bottom * down).astype(np.float64)
 
 
 def _rows(
