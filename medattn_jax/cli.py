@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from medattn_jax import studies
 from medattn_jax.errors import UserError
 from medattn_jax.signals import Stopped
 
@@ -115,6 +116,13 @@ def make_parser() -> Parser:
   add.add_argument("--workers", type=int, metavar="N", help="processes; the cores by default")
   add.add_argument("--seed", type=int, default=0, metavar="N", help="of the split of the patients")
 
+  add = command("study", study, "ask something of trained models: medattn study --help")
+  names = add.add_subparsers(required=True, metavar="NAME", dest="study", parser_class=Parser)
+  for name, (help, options) in studies.STUDIES.items():
+    add = names.add_parser(name, help=help, description=help, allow_abbrev=False)
+    for flag, option in options.items():
+      add.add_argument(flag, **option)
+
   command("doctor", doctor, "show versions, devices, a matmul rate and advice")
   return parser
 
@@ -188,6 +196,13 @@ def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
       workers=flags.workers,
       seed=flags.seed,
   )
+
+
+def study(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  _, options = studies.STUDIES[flags.study]
+  names = [flag.removeprefix("--").replace("-", "_") for flag in options]
+  studies.load(flags.study).run(**{name: getattr(flags, name) for name in names})
 
 
 def doctor(flags: argparse.Namespace, rest: Sequence[str]) -> None:

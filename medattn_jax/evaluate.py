@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -193,7 +192,7 @@ def run(
     UserError: nothing was written.
   """
   place = pathlib.Path(out) if out else pathlib.Path(workdir) / "evaluation"
-  check_folder(place)
+  files.check_folder(place)
   model = trained.open_workdir(workdir, step)
   dataset = open_data(model.config, data)
   split = choose_split(dataset, split)
@@ -204,10 +203,11 @@ def run(
   records = MetricsLog(model.workdir / "metrics.jsonl").read()
   if found := processes.from_first(_evaluated(place, identity) if once else None):
     console.say(f"step {model.step} is evaluated already: {place / 'metrics.json'}")
-    _write(place, {"training_curves.png": _curves(records, model.workdir)})
+    if jax.process_index() == 0:
+      files.write_all(place, {"training_curves.png": _curves(records, model.workdir)})
     return found
   table = graded(model.experiment, model.variables, dataset, split, model.config)
-  tuning = _tuning(model, dataset, split, table)
+  tuning = tuning_of(model, dataset, split, table)
   if jax.process_index() == 0:
     found = identity | summarise(table, tuning, model)
     if "constants" in model.variables:
@@ -219,20 +219,9 @@ def run(
       "training_curves.png": _curves(records, model.workdir),
       "metrics.json": (json.dumps(found, indent=2, allow_nan=False) + "\n").encode(),
     }
-    _write(place, contents)
+    files.write_all(place, contents)
     _print(found, place, contents)
   return processes.from_first(found)
-
-
-def check_folder(place: pathlib.Path) -> None:
-  """Raises UserError where a folder cannot be made or written to. Touches nothing."""
-  existing = place.absolute()
-  while not os.path.lexists(existing):
-    existing = existing.parent
-  if not existing.is_dir():
-    raise UserError(f"{place}: {existing} is a file; accepted: a folder to write to")
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise UserError(f"{place}: {existing} cannot be written to; accepted: a folder to write to")
 
 
 def _evaluated(place: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -244,10 +233,14 @@ def _evaluated(place: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, An
     return None
 
 
-def _tuning(
+def tuning_of(
   model: trained.Trained, dataset: Any, split: str, table: Table
 ) -> tuple[Table | None, str, np.ndarray]:
-  """(rows to tune on or None, where the thresholds come from, thresholds if none are tuned)."""
+  """What the decision's thresholds are tuned on, never test: for `rule`.
+
+  Returns:
+    (rows to tune on or None, where the thresholds come from, thresholds if none are tuned).
+  """
   if model.thresholds is None:
     return None, model.thresholds_from, None
   if split == "validation":
@@ -262,22 +255,26 @@ def _tuning(
   return None, model.thresholds_from, model.thresholds
 
 
+def rule(
+  names: Sequence[str], tuning: tuple[Table | None, str, np.ndarray], num_classes: int
+) -> np.ndarray | None:
+  """The thresholds for the sum of the stops `names`; None where the likeliest class decides."""
+  tuned_on, _, thresholds = tuning
+  if tuned_on is None or thresholds is None:
+    return thresholds
+  score = metrics.expected_grade(metrics.probabilities_of(_sum(tuned_on, names)))
+  return metrics.tune_thresholds(score, tuned_on["level"], num_classes)
+
+
 def summarise(
   table: Table, tuning: tuple[Table | None, str, np.ndarray], model: trained.Trained
 ) -> dict[str, Any]:
   """The figures of a graded split, of all that the phase answers and of each branch alone."""
-  tuned_on, source, thresholds = tuning
   config = model.config
   classes = config.model.num_classes
   settings = {"bootstrap": config.evaluation.bootstrap, "seed": config.seed}
 
-  def rule(names: Sequence[str]) -> np.ndarray:
-    if tuned_on is None or thresholds is None:
-      return thresholds
-    score = metrics.expected_grade(metrics.probabilities_of(_sum(tuned_on, names)))
-    return metrics.tune_thresholds(score, tuned_on["level"], classes)
-
-  final = rule(["logits"])
+  final = rule(["logits"], tuning, classes)
   found = metrics.grading_metrics(
     table["level"], table["patient"], metrics.probabilities_of(table["logits"]), final, **settings)
   branches = {}
@@ -287,10 +284,10 @@ def summarise(
       stops = ("logits",) if all(y in stops for y in table if y.startswith("y_")) else stops
       whole = metrics.grading_metrics(
         table["level"], table["patient"], metrics.probabilities_of(_sum(table, stops)),
-        rule(stops), bootstrap=0)
+        rule(stops, tuning, classes), bootstrap=0)
       kept = ("quadratic_weighted_kappa", "kappa_argmax", "accuracy", "auc_referable", "thresholds")
       branches[name] = {key: whole[key] for key in kept}
-  found = dict(found) | {"thresholds_from": source, "branches": branches}
+  found = dict(found) | {"thresholds_from": tuning[1], "branches": branches}
   if "boxes" in table and any(len(boxes) for boxes in table["true_boxes"]):
     found["lesion_recall"] = lesion_recall(
       table["true_boxes"], table["boxes"], config.model.crop_size, config.data.full_size,
@@ -370,13 +367,6 @@ def _curves(records: Sequence[Mapping[str, Any]], workdir: pathlib.Path) -> byte
   from medattn_jax.analysis import figures  # imports matplotlib
 
   return figures.png(figures.training_curves(records, title=f"training in {workdir.name}"))
-
-
-def _write(place: pathlib.Path, contents: Mapping[str, bytes]) -> None:
-  if jax.process_index() == 0:
-    place.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-      files.write_bytes(place / name, content)
 
 
 def _print(found: Mapping[str, Any], place: pathlib.Path, contents: Mapping[str, bytes]) -> None:

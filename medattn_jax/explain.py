@@ -55,7 +55,7 @@ def run(
   if limit < 1:
     raise UserError(f"--limit={limit}; accepted: a whole number of at least 1")
   place = pathlib.Path(out) if out else pathlib.Path(workdir) / "explanations"
-  evaluate.check_folder(place)
+  files.check_folder(place)
   model = trained.open_workdir(workdir)
   if model.config.model.name == "global_attention":
     explain_map.write(model, place, data, split, limit)

@@ -32,7 +32,7 @@ import numpy as np
 import safetensors.numpy
 
 from medattn_jax import config as pages
-from medattn_jax import console, doctor, evaluate, files, sharding, trained
+from medattn_jax import console, doctor, files, sharding, trained
 from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
 
@@ -294,13 +294,13 @@ def _check_out(out: str) -> pathlib.Path:
   place = pathlib.Path(os.path.abspath(out))
   if place.is_symlink():
     raise UserError(f"--out={out}: is a link; {accepted}")
-  evaluate.check_folder(place)
+  files.check_folder(place)
   if place.is_dir():
     if os.listdir(place):
       raise UserError(f"--out={out}: is not empty; {accepted}")
     if place.samefile(os.curdir) or place.is_mount():
       raise UserError(f"--out={out}: cannot be put in place while it is in use; {accepted}")
-    evaluate.check_folder(place.parent)
+    files.check_folder(place.parent)
   return place
 
 

@@ -8,7 +8,9 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from medattn_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -78,6 +80,25 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: object) -> None:
   """Writes strict JSON. Raises ValueError on NaN or infinity."""
   write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_all(place: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
+  """Writes files by name into a folder, which is made where it is missing, each of them whole."""
+  place = pathlib.Path(place)
+  place.mkdir(parents=True, exist_ok=True)
+  for name, content in contents.items():
+    write_bytes(place / name, content)
+
+
+def check_folder(place: pathlib.Path) -> None:
+  """Raises UserError where a folder cannot be made or written to. Touches nothing."""
+  existing = place.absolute()
+  while not os.path.lexists(existing):
+    existing = existing.parent
+  if not existing.is_dir():
+    raise UserError(f"{place}: {existing} is a file; accepted: a folder to write to")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f"{place}: {existing} cannot be written to; accepted: a folder to write to")
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -6,7 +6,7 @@ None, never NaN, so that whatever is written from it is strict JSON.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from sklearn import metrics as sk
@@ -212,10 +212,6 @@ def bootstrap_intervals(
 ) -> tuple[list[float] | None, list[float] | None]:
   """Percentile intervals of kappa and of the referable AUC, resampling whole patients.
 
-  Both eyes of a patient travel together: their grades correlate, and eyes drawn one by one would
-  give intervals that are too narrow. Kappa comes from sums of per-patient confusion matrices, AUC
-  from weighted ranks, so a resample is a row of counts and never a copy of the data.
-
   Args:
     patient: [n] patient of each image.
     level: int [n].
@@ -230,37 +226,80 @@ def bootstrap_intervals(
     ([low, high] of kappa, [low, high] of AUC); None where undefined. Resamples in which the figure
     is undefined are left out.
   """
-  level, positive = np.asarray(level, np.int64), np.asarray(level) >= 2
-  _, owner = np.unique(np.asarray(patient, str), return_inverse=True)
-  patients, images = (int(owner.max()) + 1 if len(owner) else 0), len(level)
-  if resamples == 0 or patients == 0:
-    return None, None
-  cells = np.zeros((patients, num_classes**2))
-  np.add.at(cells, (owner, level * num_classes + np.asarray(grade, np.int64)), 1)
-  order = np.argsort(score, kind="stable")
-  owner_sorted, positive_sorted = owner[order], positive[order]
-  # The runs of equal scores: a tie counts one half.
-  _, first = np.unique(np.asarray(score)[order], return_index=True)
+  statistics = (kappa_under(level, grade, num_classes), auc_under(np.asarray(level) >= 2, score))
+  return tuple(interval(found, coverage)
+               for found in resampled(patient, statistics, resamples, seed))
 
+
+# A figure under weights: from float64 [r, n], how often each of the n images is in each of r
+# resamples, to float64 [r], NaN where undefined.
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def resampled(
+  patient: np.ndarray, statistics: Sequence[Statistic], resamples: int, seed: int = 0
+) -> np.ndarray:
+  """The figures in resamples of whole patients: float64 [len(statistics), resamples].
+
+  Both eyes of a patient travel together: their grades correlate, and eyes drawn one by one would
+  give intervals that are too narrow. A resample is a row of counts, never a copy of the data, and
+  all figures see the same ones, so that differences between them can be taken.
+
+  Args:
+    patient: [n] patient of each image.
+    statistics: what to compute.
+    resamples: how many.
+    seed: the draw is a function of it and of the number of patients.
+  """
+  _, owner = np.unique(np.asarray(patient, str), return_inverse=True)
+  patients = int(owner.max()) + 1 if len(owner) else 0
+  if patients == 0 or resamples == 0:
+    return np.zeros((len(statistics), 0))
   rng = np.random.default_rng(seed)
-  kappas, areas = [], []
-  block = max(1, _BLOCK // max(patients, images))
+  block = max(1, _BLOCK // len(owner))
+  found = []
   for begin in range(0, resamples, block):
     rows = min(block, resamples - begin)
     drawn = rng.integers(0, patients, (rows, patients)) + np.arange(rows)[:, None] * patients
     times = np.bincount(drawn.ravel(), minlength=rows * patients).reshape(rows, patients)
-    times = times.astype(np.float64)
-    kappas.append(kappa_of_confusion((times @ cells).reshape(rows, num_classes, num_classes)))
-    weight = times[:, owner_sorted]
-    ill = np.add.reduceat(weight * positive_sorted, first, axis=1)
-    well = np.add.reduceat(weight * ~positive_sorted, first, axis=1)
-    pairs = ill.sum(1) * well.sum(1)
-    won = (ill * (np.cumsum(well, axis=1) - well / 2)).sum(1)
-    areas.append(np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan))
-  return tuple(_interval(np.concatenate(found), coverage) for found in (kappas, areas))
+    weight = times.astype(np.float64)[:, owner]
+    found.append(np.stack([statistic(weight) for statistic in statistics]))
+  return np.concatenate(found, axis=1)
 
 
-def _interval(found: np.ndarray, coverage: float) -> list[float] | None:
+def kappa_under(level: np.ndarray, grade: np.ndarray, num_classes: int) -> Statistic:
+  """Quadratic weighted kappa of grades int [n] with levels int [n], under weights."""
+  cells = np.eye(num_classes**2)[
+    np.asarray(level, np.int64) * num_classes + np.asarray(grade, np.int64)]
+  return lambda weight: kappa_of_confusion(
+    (weight @ cells).reshape(-1, num_classes, num_classes))
+
+
+def mean_under(value: np.ndarray) -> Statistic:
+  """The mean of values [n] under weights."""
+  value = np.asarray(value, np.float64)
+  return lambda weight: weight @ value / weight.sum(1)
+
+
+def auc_under(positive: np.ndarray, score: np.ndarray) -> Statistic:
+  """Area under the ROC curve under weights, from weighted ranks: a tie counts one half."""
+  order = np.argsort(score, kind="stable")
+  ill = np.asarray(positive, bool)[order]
+  _, first = np.unique(np.asarray(score)[order], return_index=True)  # the runs of equal scores
+
+  def area(weight: np.ndarray) -> np.ndarray:
+    weight = weight[:, order]
+    above = np.add.reduceat(weight * ill, first, axis=1)
+    below = np.add.reduceat(weight * ~ill, first, axis=1)
+    pairs = above.sum(1) * below.sum(1)
+    won = (above * (np.cumsum(below, axis=1) - below / 2)).sum(1)
+    return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
+
+  return area
+
+
+def interval(found: np.ndarray, coverage: float = 0.95) -> list[float] | None:
+  """The middle `coverage` of resampled figures float [r], NaN left out; None of none."""
   found = found[np.isfinite(found)]
   if found.size == 0:
     return None

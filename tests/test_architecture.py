@@ -28,7 +28,7 @@ FLOORS = (
   {"step", "bank"},
   {"experiment"},
   {"trained", "train", "evaluate", "explain", "explain_map", "predictor", "export", "doctor",
-   "continuation", "fill_bank"},
+   "continuation", "fill_bank", "studies"},
   {"cli"},
   {"__main__", "__init__"},
 )
@@ -51,7 +51,7 @@ ADDRESS = {
   "matplotlib": {"analysis"},
   "torch": {"models"},
   "runpy": {"config"},  # a config page is a program, and nothing else is
-  "importlib": {"__init__", "config", "models", "data", "doctor"},
+  "importlib": {"__init__", "config", "models", "data", "doctor", "studies"},
 }
 # Who may not import a library, not even by way of another module that is imported at its top.
 _NO_TENSORFLOW = ("tensorflow", "tensorflow_datasets", "clu")

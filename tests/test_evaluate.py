@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from medattn_jax import evaluate, experiment, metrics
+from medattn_jax import evaluate, experiment, files, metrics
 from medattn_jax.errors import UserError
 
 
@@ -177,8 +177,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
   (tmp_path / "file").write_text("mine")
   for place in ("file", "file/below"):
     with pytest.raises(UserError, match="is a file"):
-      evaluate.check_folder(tmp_path / place)
-  evaluate.check_folder(tmp_path / "new" / "below")
+      files.check_folder(tmp_path / place)
+  files.check_folder(tmp_path / "new" / "below")
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
   assert pathlib.Path(tmp_path / "file").read_text() == "mine"
 
@@ -228,7 +228,7 @@ def test_device_count_changes_nothing(untrained, evaluated, smoke_config, monkey
   model = trained.open_workdir(untrained, devices=jax.devices()[:3])
   data = evaluate.open_data(smoke_config, None)
   table = evaluate.graded(model.experiment, model.variables, data, "test", smoke_config)
-  tuning = evaluate._tuning(model, data, "test", table)
+  tuning = evaluate.tuning_of(model, data, "test", table)
   again = evaluate.summarise(table, tuning, model)
   assert again["confusion_matrix"] == found["confusion_matrix"]
   assert again["auc_any"] == pytest.approx(found["auc_any"], abs=1e-6)
@@ -293,7 +293,7 @@ def test_no_validation_split_takes_the_checkpoints_thresholds(untrained, smoke_c
   from medattn_jax import trained
 
   model = trained.open_workdir(untrained)
-  rows, source, thresholds = evaluate._tuning(model, dataset(test=4), "test", {})
+  rows, source, thresholds = evaluate.tuning_of(model, dataset(test=4), "test", {})
   assert rows is None and thresholds.tolist() == [0.6, 1.4, 2.4, 3.4]
   assert source == "the checkpoint's validation"
   assert "no validation split" in capsys.readouterr().err
