@@ -60,10 +60,7 @@ def run(
   if model.config.model.name == "global_attention":
     explain_map.write(model, place, data, split, limit)
     return
-  if "a_net" not in model.variables["params"] or model.phase == "m":
-    raise UserError(f"{workdir}: step {model.step} (model.name = {model.config.model.name}, phase "
-                    f"{model.phase}) chooses no regions; accepted: a zoom_in_net past its phase "
-                    "m, or a global_attention")
+  check_regions(model, "a zoom_in_net past its phase m, or a global_attention")
   dataset = evaluate.open_data(model.config, data)
   split = evaluate.choose_split(dataset, split)
   if model.thresholds_from == trained.ROUNDING:
@@ -84,6 +81,13 @@ def run(
     raise UserError(f"data set {dataset.name}: split {split} has no photographs")
   files.write_text(place / "boxes.csv", text.getvalue())
   print(f"{len(taken)} photographs explained in {place}, their regions in {place / 'boxes.csv'}")
+
+
+def check_regions(model: trained.Trained, accepted: str = "a zoom_in_net past its phase m") -> None:
+  """Raises UserError where a model chooses no regions."""
+  if "a_net" not in model.variables["params"] or model.phase == "m":
+    raise UserError(f"{model.workdir}: step {model.step} (model.name = {model.config.model.name}, "
+                    f"phase {model.phase}) chooses no regions; accepted: {accepted}")
 
 
 def regions_of(

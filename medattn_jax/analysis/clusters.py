@@ -11,6 +11,8 @@ from sklearn import metrics as sk
 from sklearn.cluster import affinity_propagation
 from sklearn.exceptions import ConvergenceWarning
 
+from medattn_jax.analysis import lesions
+
 
 class Clusters(NamedTuple):
   """Groups of n points, the largest first.
@@ -66,6 +68,22 @@ def affinity(
   order = np.argsort(-np.bincount(labels, minlength=len(centres)), kind="stable")
   return Clusters(np.argsort(order)[labels], np.asarray(centres, np.int64)[order], converged,
                   int(iterations))
+
+
+def kind_under(
+  patch: np.ndarray, true_boxes: np.ndarray, types: np.ndarray, threshold: float = 0.3
+) -> int | None:
+  """The type of the lesion under a patch [4] whose middle is nearest to the patch's.
+
+  Of those that the patch finds (lesions.iom), as boxes [k, 4] with types int [k]; None of none.
+  """
+  if not len(true_boxes):
+    return None
+  patch, true_boxes = np.asarray(patch, np.float64), np.asarray(true_boxes, np.float64)
+  away = np.square((true_boxes[:, :2] + true_boxes[:, 2:] - patch[:2] - patch[2:]) / 2).sum(1)
+  away[lesions.iom(patch[None], true_boxes)[0] < threshold] = np.inf
+  nearest = int(away.argmin())
+  return int(types[nearest]) if np.isfinite(away[nearest]) else None
 
 
 def nearest_first(features: np.ndarray, members: np.ndarray, exemplar: int) -> np.ndarray:

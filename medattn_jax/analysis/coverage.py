@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medattn_jax import metrics
 from medattn_jax.analysis import lesions
 
 PAPER = {"boxes": 4, "box": 0.76, "image": 0.83}  # at an overlap of .3, on 182 photographs
@@ -88,20 +89,15 @@ def interval(
   there = [at for at, own in enumerate(founds) if own.shape[1]]
   if not there or not resamples:
     return None
-  _, owner = np.unique(np.asarray(patient, str)[there], return_inverse=True)
-  patients, number = int(owner.max()) + 1, len(founds[0])
-  # Lesions found, photographs with one found, and how many there are of each.
-  sums = np.zeros((patients, 2 * number + 2))
-  for place, at in zip(owner, there, strict=True):
-    own = founds[at]
-    sums[place] += [*own.sum(1), *own.any(1), own.shape[1], 1]
-  rng = np.random.default_rng(seed)
-  times = rng.multinomial(patients, np.full(patients, 1 / patients), resamples)
-  total = times @ sums
-  box = total[:, :number] / total[:, -2:-1]
-  image = total[:, number : 2 * number] / total[:, -1:]
-  edges = [(1 - coverage) / 2, (1 + coverage) / 2]
-  return Curve(*(np.quantile(recall, edges, axis=0).T for recall in (box, image)))
+  share = lambda of, out_of: lambda weight: (weight @ of) / (weight @ out_of)
+  lesions_found = np.array([founds[at].sum(1) for at in there], np.float64)
+  hit = np.array([founds[at].any(1) for at in there], np.float64)
+  count = np.array([founds[at].shape[1] for at in there], np.float64)
+  statistics = [share(own, count) for own in lesions_found.T]
+  statistics += [share(own, np.ones(len(there))) for own in hit.T]
+  drawn = metrics.resampled(np.asarray(patient)[there], statistics, resamples, seed)
+  edges = np.quantile(drawn, [(1 - coverage) / 2, (1 + coverage) / 2], axis=1).T
+  return Curve(edges[: len(edges) // 2], edges[len(edges) // 2 :])
 
 
 def scattered(rng: np.random.Generator, boxes: np.ndarray, full_size: int) -> np.ndarray:

@@ -47,10 +47,11 @@ def recall(
       axes.plot(number, values, color=colour, linestyle=line, linewidth=2, label=labels[name])
       if name in ("regions", "maps"):
         axes.plot(marked, values[marked - 1], "o", color=colour, markersize=6)
-        up = name == "regions"
         axes.annotate(
-          f"{values[marked - 1]:.2f}", (marked, values[marked - 1]),
-          xytext=(7, -13 if up else -13), textcoords="offset points", fontsize=9, color=colour)
+          f"{values[marked - 1]:.2f}", (marked, values[marked - 1]), xytext=(8, -14),
+          textcoords="offset points", fontsize=9, color=colour, zorder=6,
+          bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none",
+                "alpha": 0.85})
     axes.plot(paper["boxes"], paper[kind], "D", markerfacecolor="white", markeredgecolor=INK,
               markersize=7, zorder=5, label="the paper, on its own 182 photographs")
     axes.annotate(f"{paper[kind]:.2f}", (paper["boxes"], paper[kind]), xytext=(-9, 5),
