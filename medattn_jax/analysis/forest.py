@@ -51,7 +51,7 @@ def forest(
         axes.set_xlabel(f"gain in {WORDS[key].removeprefix('quadratic weighted ')}", fontsize=9)
       else:
         axes.set_title(WORDS[key], fontsize=10, color=INK)
-      axes.set_yticks(range(len(table)), [_short(name) for name in table], fontsize=9,
+      axes.set_yticks(range(len(table)), [short(name) for name in table], fontsize=9,
                       parse_math=False)
       axes.set_ylim(len(table) - 0.5, -0.75)
       axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -64,5 +64,6 @@ def forest(
   return figure
 
 
-def _short(name: str, most: int = 34) -> str:
+def short(name: str, most: int = 34) -> str:
+  """A name's end, which tells paths apart."""
   return name if len(name) <= most else f"…{name[-(most - 1) :]}"

@@ -1,12 +1,10 @@
-"""`medattn study ensemble`: several runs that answer together, by the mean of their probabilities."""
+"""`medattn study ensemble`: several runs that answer together: the mean of their probabilities."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from medattn_jax import console, metrics
 from medattn_jax.analysis import ensemble
@@ -24,9 +22,9 @@ def run(
   """Ensembles (papers §1: "Ensemble of three"): the mean probability of several runs.
 
   Each run's thresholds are tuned on its own validation answers and those of the mean on the mean
-  of them, never on the split graded; the best single run is the best on validation as well. Without
-  validation answers of all, the likeliest class decides, and the best is the best of the graded
-  split (said: its choice is then in its favour).
+  of them, never on the split graded; the best single run is the best on validation as well. Where
+  the likeliest class decides in every run, it does here. Without validation answers of all it does
+  too, and the best is the best of the graded split (said: its choice is then in its favour).
 
   Args:
     workdir, predictions: of the runs, two or more in all.
@@ -62,16 +60,19 @@ def run(
                   "graded: its kappa is optimistic")
     else:
       answers.check_apart(other, run)
-  graded = members(runs, others)
+  likeliest = all((run.grade == run.probabilities.argmax(1)).all() for run in runs)
+  tuned_on = [] if likeliest else others
+  graded = members(names, runs, tuned_on)
   judged, level = graded, runs[0].level
   if others:
-    judged, level = members(others, others), others[0].level
+    judged, level = members(names, others, tuned_on), others[0].level
   best = ensemble.best_of(level, {name: judged[name] for name in names})
   chosen = "the graded split" if lacking else "validation"
   first = runs[0]
   return gains.finish(
     "ensemble", place,
-    {"runs": [run.source for run in runs], "tuned_on": [other.source for other in others] or None,
+    {"runs": [run.source for run in runs], "validation": [other.source for other in others] or None,
+     "decision": "thresholds" if tuned_on else "argmax",
      "best_single": best, "best_chosen_on": chosen},
     {name: getattr(first, name) for name in ("image", "patient", "eye", "level")}, graded,
     whole=WHOLE, singles=names, best=best, seed=0,
@@ -81,13 +82,13 @@ def run(
 
 
 def members(
-  runs: Sequence[answers.Answers], tuned_on: Sequence[answers.Answers]
+  names: Sequence[str], runs: Sequence[answers.Answers], tuned_on: Sequence[answers.Answers]
 ) -> dict[str, ensemble.Graded]:
-  """The runs, and the mean of them, each with thresholds from its `tuned_on`, which may be none."""
+  """The runs by name, and the mean of them; their thresholds from `tuned_on`, which may be none."""
   every = [run.probabilities for run in runs]
-  others: list[np.ndarray] = [other.probabilities for other in tuned_on]
+  others = [other.probabilities for other in tuned_on]
   graded = {}
-  for number, name in enumerate([*(run.name for run in runs), WHOLE]):
+  for number, name in enumerate([*names, WHOLE]):
     mine = lambda all, number=number: ensemble.mean(all) if number == len(runs) else all[number]
     thresholds = None
     if tuned_on:

@@ -50,7 +50,7 @@ def finish(
   over = dict(zip(words, compared["gain"].values(), strict=True))
   table = []
   for name, own in compared["answers"].items():
-    table.append((name, *(writing.shown(own[key]) for key in shown)))
+    table.append((forest.short(name), *(writing.shown(own[key]) for key in shown)))
   for name, own in over.items():
     table.append((name, *(_signed(own[key]) for key in shown)))
     table.append(("  95 % interval", *(writing.interval(own[f"{key}_ci"]) for key in shown)))
