@@ -17,7 +17,7 @@ from medattn_jax.studies import clusters
 def planted_model(gated, features):
   """What stands for a model: its maps and features are these, whatever it is shown."""
   space = types.SimpleNamespace
-  model = space(mask_size=8, mask_scope="level", coords="resize", crop_size=12)
+  model = space(mask_size=12, mask_scope="level", coords="resize", crop_size=12)
   answer = lambda variables, image, train: (
     jnp.zeros((*image.shape[:2], 5)), {"M": jnp.asarray(features), "G": jnp.asarray(gated)})
   mesh = sharding.mesh(jax.devices()[:1])
@@ -29,7 +29,7 @@ def test_features_and_pictures_are_of_the_places():
   """Peaks planted in known cells, in two levels at once: each place comes once, with its own."""
   rng = np.random.default_rng(0)
   features = rng.normal(size=(2, 2, 8, 8, 6)).astype(np.float32)
-  gated = np.full((2, 2, 8, 8, 5), -50, np.float32)
+  gated = np.full((2, 2, 8, 8, 5), -1, np.float32)
   cells = {(0, 0): [(1, 6), (5, 2)], (0, 1): [(7, 7), (0, 0)], (1, 0): [(3, 3), (3, 7)],
            (1, 1): [(6, 1)]}
   for eye, places in cells.items():

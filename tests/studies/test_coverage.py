@@ -1,9 +1,10 @@
 """medattn study coverage: what evaluate says at four boxes, and more boxes after the same ones."""
 
+import functools
 import json
 import types
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,11 @@ from medattn_jax import crops, evaluate, trained
 from medattn_jax.analysis import coverage as curves
 from medattn_jax.errors import UserError
 from medattn_jax.studies import coverage
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def corners(gated, number, mask_size, mask_scope):
+  return crops.corners(crops.select_regions(gated, 64, mask_size, number, mask_scope), 64, 128, 40)
 
 
 def config(mask_size=24, mask_scope="level"):
@@ -23,9 +29,7 @@ def looked(page, images=20, seed=0):
   """Gated maps, the four regions that are looked into, and lesions where the maps are strong."""
   rng = np.random.default_rng(seed)
   gated = rng.normal(size=(images, 8, 8, 5)).astype(np.float32)
-  centres = crops.select_regions(
-    jnp.asarray(gated), 64, page.model.mask_size, 4, page.model.mask_scope)
-  first = np.asarray(crops.corners(centres, 64, 128, 40))
+  first = np.asarray(corners(gated, 4, page.model.mask_size, page.model.mask_scope))
   corner = rng.integers(0, 118, (images, 5, 2))
   true = [np.concatenate([own, own + 10], axis=1).astype(np.float32) for own in corner]
   return gated, np.concatenate([first, first + 40], -1), true, rng.integers(0, 5, (images, 5))
@@ -55,9 +59,8 @@ def test_more_regions_follow_the_ones_looked_into():
   page = config(mask_size=20)
   gated, boxes, *_ = looked(page, images=19)
   regions = coverage.regions_of(gated, boxes, 9, page)
-  expected = crops.corners(crops.select_regions(jnp.asarray(gated), 64, 20, 9), 64, 128, 40)
   assert len(regions) == 19
-  for own, first in zip(regions, np.asarray(expected), strict=True):
+  for own, first in zip(regions, np.asarray(corners(gated, 9, 20, "level")), strict=True):
     np.testing.assert_array_equal(own, np.concatenate([first, first + 40], 1))
 
 
