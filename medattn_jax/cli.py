@@ -108,13 +108,19 @@ def make_parser() -> Parser:
 
   add = command("prepare", prepare, "make a data set of a raw one")
   add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a "
-                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv")
+                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv; aptos, "
+                   "ddr, deepdrid: the folders of these sets")
   add.add_argument("--input", required=True, metavar="DIR", help="or the .npz, the fer2013.csv")
-  add.add_argument("--data-dir", required=True, metavar="DIR")
+  add.add_argument("--data-dir", metavar="DIR", help="where the data set is to be")
   add.add_argument("--full-size", type=int, metavar="PIXELS",
                    help="of the stored photographs; 1230, and with npz and fer2013 their own")
+  add.add_argument("--frame", metavar="cropped|whole", help="cropped: each photograph by its own "
+                   "black border, for fundus photographs; whole: as it is, for aligned images")
   add.add_argument("--workers", type=int, metavar="N", help="processes; the cores by default")
   add.add_argument("--seed", type=int, default=0, metavar="N", help="of the split of the patients")
+  add.add_argument("--check", action="store_true", help="only say what there is, writing nothing")
+  add.add_argument("--drop-duplicates", action="store_true", help="keep one of photographs that "
+                   "are the same, where it is tested on; else two splits must not share one")
 
   add = command("study", study, "ask something of trained models: medattn study --help")
   names = add.add_subparsers(required=True, metavar="NAME", dest="study", parser_class=Parser)
@@ -186,6 +192,22 @@ def export(flags: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   refuse(rest)
+  if flags.check:
+    from medattn_jax.data import check
+
+    check.check(
+        flags.source,
+        flags.input,
+        flags.data_dir,
+        frame=flags.frame,
+        workers=flags.workers,
+        seed=flags.seed,
+        drop_duplicates=flags.drop_duplicates,
+    )
+    return
+  if not flags.data_dir:
+    raise UserError("--data-dir is missing; accepted: the folder where the data set is to be, or "
+                    "--check, which makes none")
   from medattn_jax.data import prepare
 
   prepare.prepare(
@@ -193,8 +215,10 @@ def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
       flags.input,
       flags.data_dir,
       full_size=flags.full_size,
+      frame=flags.frame,
       workers=flags.workers,
       seed=flags.seed,
+      drop_duplicates=flags.drop_duplicates,
   )
 
 

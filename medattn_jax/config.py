@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import pathlib
 import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -175,7 +177,10 @@ GLOBAL_ATTENTION = {
         "binarisation": number(0),
         "kept": whole(0, 1000),
     },
-    "data": {"channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3")},
+    "data": {
+        "channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3"),
+        "frame": one_of("whole", "cropped"),
+    },
 }
 
 MODELS = {
@@ -187,6 +192,8 @@ def load_page(
 ) -> ml_collections.ConfigDict:
   """Runs the page `path`, applies `overrides` ((dotted key, text) pairs) and checks it all.
 
+  A page may import those beside it.
+
   Raises:
     UserError: the page is missing, broken or without get_config(); a key is unknown (the nearest
       is named) or a value is not what the key accepts.
@@ -194,18 +201,19 @@ def load_page(
   file = pathlib.Path(path)
   if not file.is_file():
     raise UserError(f"--config={path}: no such file; accepted: a page such as configs/demo.py")
-  try:
-    page = runpy.run_path(str(file))
-  except (Exception, SystemExit) as error:
-    where = getattr(error, "lineno", None)
-    at = f" line {where}" if where else ""
-    raise UserError(f"--config={path}:{at} cannot be run: {_one_line(error)}") from error
-  if not callable(page.get("get_config")):
-    raise UserError(f"--config={path}: has no function get_config() that returns a ConfigDict")
-  try:
-    config = page["get_config"]()
-  except (Exception, SystemExit) as error:
-    raise UserError(f"--config={path}: get_config() failed: {_one_line(error)}") from error
+  with _siblings(file.resolve().parent):
+    try:
+      page = runpy.run_path(str(file))
+    except (Exception, SystemExit) as error:
+      where = getattr(error, "lineno", None)
+      at = f" line {where}" if where else ""
+      raise UserError(f"--config={path}:{at} cannot be run: {_one_line(error)}") from error
+    if not callable(page.get("get_config")):
+      raise UserError(f"--config={path}: has no function get_config() that returns a ConfigDict")
+    try:
+      config = page["get_config"]()
+    except (Exception, SystemExit) as error:
+      raise UserError(f"--config={path}: get_config() failed: {_one_line(error)}") from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(
         f"--config={path}: get_config() returned {type(config).__name__}, accepted: ConfigDict"
@@ -218,6 +226,20 @@ def load_page(
   except ml_collections.config_dict.RequiredValueError:
     raise UserError(f"--config={path}: holds a required placeholder; accepted: values") from None
   return config
+
+
+@contextlib.contextmanager
+def _siblings(folder: pathlib.Path) -> Iterator[None]:
+  """Pages of `folder` can be imported meanwhile; another folder's of the same name later."""
+  sys.path.insert(0, str(folder))
+  before = set(sys.modules)
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder))
+    for name in set(sys.modules) - before:
+      if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+        del sys.modules[name]
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ml_collections.ConfigDict:

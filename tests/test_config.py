@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -119,3 +120,23 @@ def test_a_missing_and_a_surplus_key_are_named(tmp_path):
   values["norm"] |= {"momentum": 0.9, "epsilon": 1}
   with pytest.raises(UserError, match=r"unknown key norm.epsilon"):
     config.from_dict(values)
+
+
+def test_a_page_may_import_those_beside_it(tmp_path):
+  """Each folder its own: two folders may hold pages of one name."""
+  smoke = pathlib.Path(SMOKE).read_text()
+  for name, seed in (("first", 5), ("second", 6)):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "whole.py").write_text(smoke.replace("config.seed = 0", f"config.seed = {seed}"))
+    (folder / "page.py").write_text(
+        "import whole\ndef get_config():\n  config = whole.get_config()\n"
+        "  config.model.num_regions = 3\n  return config\n"
+    )
+    loaded = config.load_page(str(folder / "page.py"))
+    assert (loaded.seed, loaded.model.num_regions) == (seed, 3)
+  assert "whole" not in sys.modules and str(tmp_path / "first") not in sys.path
+  (tmp_path / "second" / "broken.py").write_text("import whol\n")
+  with pytest.raises(UserError, match="cannot be run"):
+    config.load_page(str(tmp_path / "second" / "broken.py"))
+  assert str(tmp_path / "second") not in sys.path

@@ -155,3 +155,12 @@ def test_a_batch_beyond_the_memory_is_refused_in_words():
   huge = smoke(("data.batch_size", "65536"), ("data.full_size", "8000"))
   with pytest.raises(UserError, match=r"data\.batch_size = 65536.*take \d+ GiB, this host has"):
     experiment.check(huge, devices=8)
+
+
+def test_images_of_an_update(smoke_config, map_config):
+  """Both eyes of a pair count, and every small batch of an accumulated update."""
+  smoke_config = smoke_config.copy_and_resolve_references()
+  smoke_config.phases.m.accumulation = 3
+  pairs, single = experiment.build(smoke_config, "m"), experiment.build(map_config, "joint")
+  assert pairs.images == 2 * 3 * smoke_config.data.batch_size
+  assert single.images == map_config.data.batch_size

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from medattn_jax import metrics
+from medattn_jax.analysis import intervals
 
 RESAMPLES = 2000
 
@@ -33,12 +34,13 @@ def of_rules(
     for statistic in (metrics.kappa_under(level, grade, num_classes),
                       metrics.mean_under(np.asarray(grade) == level))]
   found = metrics.resampled(patient, statistics, resamples, seed)
+  images, patients = len(level), len(np.unique(np.asarray(patient, str)))
   rules = {}
   for number, (name, grade) in enumerate(grades.items()):
     kappa = metrics.quadratic_weighted_kappa(level, grade, num_classes)
+    accuracy = float(np.mean(np.asarray(grade) == level))
     rules[name] = {
-      "kappa": kappa,
-      "kappa_ci": None if kappa is None else metrics.interval(found[2 * number]),
-      "accuracy": float(np.mean(np.asarray(grade) == level)),
-      "accuracy_ci": metrics.interval(found[2 * number + 1])}
+      "kappa": kappa, "kappa_ci": intervals.of_kappa(kappa, found[2 * number], patients),
+      "accuracy": accuracy,
+      "accuracy_ci": intervals.of_share(accuracy, found[2 * number + 1], images, patients)}
   return rules

@@ -72,7 +72,7 @@ def roc(
     xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
   axes.set_title(title, parse_math=False, fontsize=11, color=INK)
   axes.legend(loc="lower right", bbox_to_anchor=(1, 0.06), frameon=False, fontsize=9)
-  _plain(axes)
+  plain(axes)
   return figure
 
 
@@ -98,8 +98,8 @@ def reliability(
   below.bar(middle, count, width * 0.92, color=GREY)
   below.set(xlabel="confidence (probability of the top grade)", ylabel="images")
   below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-  _plain(axes)
-  _plain(below)
+  plain(axes)
+  plain(below)
   return figure
 
 
@@ -145,8 +145,8 @@ def training_curves(records: Sequence[Mapping[str, object]], *, title: str) -> F
   below.set(xlabel="step", ylabel="validation kappa")
   below.margins(y=0.2)
   figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
-  _plain(axes)
-  _plain(below)
+  plain(axes)
+  plain(below)
   return figure
 
 
@@ -161,7 +161,7 @@ def series(
   return tuple(np.array(pairs, np.float64).reshape(-1, 2).T)
 
 
-def _plain(axes) -> None:
+def plain(axes) -> None:
   axes.spines[["top", "right"]].set_visible(False)
   axes.spines[["left", "bottom"]].set_color(GREY)
   axes.tick_params(colors="#4a5568")

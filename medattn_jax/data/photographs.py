@@ -1,8 +1,8 @@
 """Photographs prepared by all cores, one file each, so that work once done stays done.
 
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
-<key>.<checksum>.<checksum of the raw file>.<1 if enlarged>.jpg; the key stands for the raw file
-(place, size, time) and what it is to become.
+<key>.<checksum>.<checksum of the raw file>.<what was done to it>.jpg; the key stands for the raw
+file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 from PIL import Image
 
 from medattn_jax import console, files
@@ -31,6 +32,7 @@ from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
 POOL_FROM = 8  # fewer photographs are done sooner than processes start
+ENLARGED, STRETCHED = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +44,25 @@ class Job:
   key: str
   full_size: int
   quality: int
+  frame: str
   there: str = ""  # the file an earlier run left
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-  """A prepared photograph: its file's name holds its checksum. Or the reason why there is none."""
+  """A photograph that is prepared, or only looked at. Or the reason why it cannot be used."""
 
-  name: str = ""
+  name: str = ""  # of its file, where it is prepared; the name holds the file's checksum
   reason: str = ""
   source: str = ""  # checksum of the raw file
-  enlarged: bool = False
+  oddities: int = 0  # a sum of ENLARGED and STRETCHED
+  pixels: str = ""  # checksum of what would be prepared, where it is only looked at
+  size: tuple[int, int] = (0, 0)  # width and height of the raw file, where it is only looked at
+
+  @property
+  def content(self) -> str:
+    """The same for the same pixels, whatever the file they came in."""
+    return self.pixels or self.name.split(".")[1]
 
 
 def jobs_of(
@@ -61,6 +71,7 @@ def jobs_of(
   store: pathlib.Path,
   full_size: int,
   quality: int,
+  frame: str,
 ) -> dict[str, Job]:
   """A job for each photograph that is there, by image_id; what went missing joins `rejected`."""
   jobs = {}
@@ -71,17 +82,20 @@ def jobs_of(
       rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
       continue
     identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
-    identity = json.dumps([*identity, full_size, quality]).encode()
+    identity = json.dumps([*identity, full_size, quality, frame]).encode()
     key = hashlib.sha256(identity).hexdigest()[:32]
     path, store = os.fspath(photograph.path), os.fspath(store)
-    jobs[photograph.image_id] = Job(path, store, key, full_size, quality)
+    jobs[photograph.image_id] = Job(path, store, key, full_size, quality, frame)
   return jobs
 
 
-def work(jobs: list[Job], workers: int) -> dict[str, Done]:
-  """Does the jobs, in as many processes; returns what came of each by its key.
+def work(
+  jobs: list[Job], workers: int | None, does: Callable[[Job], Done] | None = None
+) -> dict[str, Done]:
+  """Does the jobs, in as many processes (the cores by default); what came of each by its key.
 
-  What an earlier run left in the store is taken where it is intact.
+  By default photographs are prepared: what an earlier run left in the store is taken where it is
+  intact. `does` is a function of this module to do instead, which has no store.
   """
   from rich.console import Console
   from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -89,7 +103,7 @@ def work(jobs: list[Job], workers: int) -> dict[str, Done]:
   terminal = Console(stderr=True)
   live = console.Live()
   live.last = time.monotonic()  # short work is not spoken of
-  stores = {job.store for job in jobs}
+  stores = set() if does else {job.store for job in jobs}
   there = {path.name.partition(".")[0]: path.name
            for store in stores for path in pathlib.Path(store).glob("*.jpg")}
   jobs = [dataclasses.replace(job, there=there.get(job.key, "")) for job in jobs]
@@ -97,7 +111,7 @@ def work(jobs: list[Job], workers: int) -> dict[str, Done]:
   with Progress("photographs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                 console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
     task = progress.add_task("", total=len(jobs))
-    for job, result in _results(jobs, workers):
+    for job, result in _results(jobs, workers or _cores(), does):
       done[job.key] = result
       progress.advance(task)
       if not terminal.is_terminal:
@@ -105,24 +119,27 @@ def work(jobs: list[Job], workers: int) -> dict[str, Done]:
   return done
 
 
-def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Done]]:
+def _results(
+  jobs: list[Job], workers: int, does: Callable[[Job], Done] | None = None
+) -> Iterator[tuple[Job, Done]]:
+  does = does or _photograph
   if workers == 1 or len(jobs) < POOL_FROM:
-    yield from ((job, _photograph(job)) for job in jobs)
+    yield from ((job, does(job)) for job in jobs)
     return
   waiting = collections.deque(jobs)
   while waiting:
     suspects: list[Job] = []
-    yield from _pooled(waiting, min(workers, len(waiting)), suspects)
+    yield from _pooled(waiting, min(workers, len(waiting)), suspects, does)
     # A picture has ended its process. Which of those at hand is found by doing each by itself.
     for job in suspects:
       alone: list[Job] = []
-      yield from _pooled(collections.deque([job]), 1, alone)
+      yield from _pooled(collections.deque([job]), 1, alone, does)
       if alone:
         yield job, Done(reason="ends the process that decodes it")
 
 
 def _pooled(
-  waiting: collections.deque[Job], workers: int, suspects: list[Job]
+  waiting: collections.deque[Job], workers: int, suspects: list[Job], does: Callable[[Job], Done]
 ) -> Iterator[tuple[Job, Done]]:
   """Results until `waiting` is empty, or a process dies: `suspects` are then those at hand."""
   pool = concurrent.futures.ProcessPoolExecutor(
@@ -132,7 +149,7 @@ def _pooled(
   try:
     while waiting or running:
       while waiting and len(running) < 4 * workers:  # bounded, however long the sheet
-        running[pool.submit(_photograph, waiting[0])] = waiting[0]
+        running[pool.submit(does, waiting[0])] = waiting[0]
         waiting.popleft()
       ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
       for future in ready:
@@ -160,13 +177,16 @@ def _photograph(job: Job) -> Done:
   """Prepares one photograph into the store, or takes the one that is there and intact."""
   store = pathlib.Path(job.store)
   if job.there:
-    _, written, source, enlarged, _ = job.there.split(".")
+    _, written, source, oddities, _ = job.there.split(".")
     if checksum((store / job.there).read_bytes()) == written:
-      return Done(job.there, source=source, enlarged=enlarged == "1")
+      return Done(job.there, source=source, oddities=int(oddities))
   try:
-    content = preprocess.read_bytes(job.path)
+    content = _bytes(job)
     raw = preprocess.decode_photograph(content)
-    image = preprocess.prepare_photograph(raw, job.full_size)
+    if job.frame == "whole":
+      image = preprocess.fit_aligned(raw, job.full_size, 3)
+    else:
+      image = preprocess.prepare_photograph(raw, job.full_size)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
@@ -174,10 +194,40 @@ def _photograph(job: Job) -> Done:
   jpeg = io.BytesIO()
   Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
   source = checksum(content)
-  enlarged = max(raw.shape[:2]) < job.full_size
-  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}.jpg"
+  height, width, _ = raw.shape
+  oddities = ENLARGED * (max(height, width) < job.full_size)
+  oddities += STRETCHED * (job.frame == "whole" and height != width)
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{oddities}.jpg"
   files.write_bytes(store / name, jpeg.getvalue())
-  return Done(name, source=source, enlarged=enlarged)
+  return Done(name, source=source, oddities=oddities)
+
+
+def look(job: Job) -> Done:
+  """What would come of a photograph, without preparing it: usable, or the reason why it is not."""
+  try:
+    content = _bytes(job)
+    raw = preprocess.decode_photograph(content)
+    height, width = raw.shape[:2]
+    y0, y1, x0, x1 = 0, height, 0, width
+    if job.frame != "whole":
+      y0, y1, x0, x1 = preprocess.field_of_view(raw)
+  except preprocess.BadImage as error:
+    return Done(reason=str(error))
+  except MemoryError:
+    return Done(reason="needs more memory than there is")
+  seen = np.ascontiguousarray(raw[y0:y1, x0:x1])
+  pixels = hashlib.blake2b(seen.data, digest_size=16, person=b"%dx%d" % seen.shape[:2])
+  return Done(source=checksum(content), pixels=pixels.hexdigest(), size=(width, height))
+
+
+def _bytes(job: Job) -> bytes:
+  return preprocess.read_bytes(job.path)
+
+
+def _cores() -> int:
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def checksum(content: bytes) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from medattn_jax import console
 from medattn_jax.data.sources import Arrays
 
-METHOD = 1  # raise when `examples` gives other pixels: what was prepared before is then stale
+METHOD = 2  # raise when `examples` gives other pixels: what was prepared before is then stale
 
 
 class Census:
@@ -40,6 +40,11 @@ class Census:
     if first != name:
       self._copies.append((first, name))
       self._torn += where != split
+
+  @property
+  def repeated(self) -> int:
+    """How many photographs repeat another one."""
+    return len(self._copies)
 
   def remarks(self) -> Iterator[str]:
     self._live.close()

@@ -9,7 +9,6 @@ TensorFlow is imported once the input is known to be usable.
 
 from __future__ import annotations
 
-import collections
 import csv
 import dataclasses
 import functools
@@ -20,19 +19,18 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from medattn_jax import console, files
-from medattn_jax.data import datasets, photographs, pixels, schema
+from medattn_jax.data import datasets, duplicates, photographs, pixels, schema, tally
 from medattn_jax.data.sources import Arrays, Labelled, Photograph
 from medattn_jax.errors import UserError, nearest
 
 SOURCES = datasets.PREPARED
-FULL_SIZE = 1230  # of photographs; pixels that are ready keep their size
+FULL_SIZE, FRAME = 1230, "cropped"  # of photographs; pixels that are ready keep their own
 REJECTED = "rejected.csv"
 FILES = "photographs.json"  # within a set: the file names its photographs had while prepared
 SIDES = ((16, 8000), (32, 8000))  # of pixels that are ready, and of photographs
-MAX_COLUMNS = 12  # of the table: with more classes each has a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +49,11 @@ def prepare(
   data_dir: str | os.PathLike,
   *,
   full_size: int | None = None,
+  frame: str | None = None,
   workers: int | None = None,
   seed: int = 0,
   quality: int = 95,
+  drop_duplicates: bool = False,
 ) -> Summary:
   """Makes the data set `source` in `data_dir` from the raw one that `input_dir` is or holds.
 
@@ -64,25 +64,24 @@ def prepare(
     source: one of SOURCES.
     full_size: side of the stored photographs in pixels; by default FULL_SIZE for photographs, and
       their own for pixels that are ready.
+    frame: "cropped", each photograph by its own black border and padded to a square (the default
+      of photographs), or "whole", as images that are aligned are to be (that of pixels that are
+      ready; they accept no other): the image as it is becomes the square.
     workers: processes; by default as many as there are cores. Pixels that are ready need but one.
     seed: of the split by patients, where none is stated.
     quality: of the stored JPEGs.
+    drop_duplicates: of photographs that are the same under several names one is kept: see
+      duplicates. Pixels that are ready keep the splits they were published with.
 
   Raises:
-    UserError: no usable input, or a place that cannot be written; nothing is left half done.
+    UserError: no usable input, the same photograph in two splits, or a place that cannot be
+      written; nothing is left half done.
   """
   input_dir, data_dir = pathlib.Path(input_dir), pathlib.Path(data_dir)
-  _check(source, input_dir, data_dir, full_size, workers, quality)
+  found = read_raw(
+    source, input_dir, data_dir, full_size=full_size, frame=frame, workers=workers, seed=seed,
+    quality=quality, drop_duplicates=drop_duplicates)
   store = data_dir / f".prepare-{source}"
-  skip = [data_dir / source, store, data_dir / f".building-{source}"]
-  if data_dir.resolve() != input_dir.resolve():
-    skip.append(data_dir)
-  read = importlib.import_module(f"medattn_jax.data.sources.{source}").read
-  found: Labelled | Arrays = read(input_dir, seed, skip)
-  for note in found.notes:
-    console.say(note)
-  for line in found.splits if isinstance(found, Labelled) else ():
-    print(line)
   from medattn_jax.data.datasets import prepared
 
   try:
@@ -91,25 +90,68 @@ def prepare(
       if isinstance(found, Arrays):
         return _prepare_arrays(source, found, data_dir, full_size or found.size)
       full_size = full_size or FULL_SIZE
-      return _prepare(source, found, data_dir, store, full_size, workers, seed, quality)
+      frame = frame or FRAME
+      return _prepare(source, found, data_dir, store, full_size, frame, workers, seed, quality,
+                      drop_duplicates)
   except BlockingIOError:
     raise UserError(f"{data_dir}: another prepare is writing there") from None
   except OSError as error:
     raise UserError(f"{error.filename or data_dir}: {error.strerror or error}") from None
 
 
-def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
+def read_raw(
+  source: str,
+  input_dir: pathlib.Path,
+  data_dir: pathlib.Path,
+  *,
+  full_size: int | None = None,
+  frame: str | None,
+  workers: int | None,
+  seed: int,
+  quality: int = 95,
+  drop_duplicates: bool,
+) -> Labelled | Arrays:
+  """What the source finds in `input_dir`; what is to be said of it is said, nothing is written.
+
+  The arguments are those of `prepare`, and checked. What is prepared in `data_dir` is no input.
+  """
+  _check(source, input_dir, data_dir, full_size, frame, workers, quality)
+  if source in datasets.ARRAYS and drop_duplicates:
+    others = ", ".join(name for name in SOURCES if name not in datasets.ARRAYS)
+    raise UserError(f"--drop-duplicates: --source={source} keeps the splits it was published with; "
+                    f"accepted with photographs: {others}")
+  store = data_dir / f".prepare-{source}"
+  skip = [data_dir / source, store, data_dir / f".building-{source}"]
+  if data_dir.resolve() != input_dir.resolve():
+    skip.append(data_dir)
+  read = importlib.import_module(f"medattn_jax.data.sources.{source}").read
+  found: Labelled | Arrays = read(input_dir, seed, skip)
+  if isinstance(found, Arrays) and (workers or seed):
+    console.say(f"--workers and --seed do nothing with --source={source}: its pixels are ready and "
+                "its splits its own")
+  for note in found.notes:
+    console.say(note)
+  for line in found.splits if isinstance(found, Labelled) else ():
+    print(line)
+  return found
+
+
+def _check(source, input_dir, data_dir, full_size, frame, workers, quality) -> None:
   if source not in SOURCES:
     hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
-  if source == "csv" and not input_dir.is_dir():
+  if source not in datasets.ARRAYS and not input_dir.is_dir():
     raise UserError(f"--input={input_dir} is no folder")
   if not input_dir.exists():
     raise UserError(f"--input={input_dir} is neither a folder nor a file")
   if data_dir.exists() and not data_dir.is_dir():
     raise UserError(f"--data-dir={data_dir} is no folder")
+  frames = ("whole",) if source in datasets.ARRAYS else ("cropped", "whole")
+  if frame is not None and frame not in frames:
+    raise UserError(f"--frame={frame}; accepted for {source}: {', '.join(frames)}")
+  sides = SIDES[source not in datasets.ARRAYS]
   for flag, value, low, high in (
-    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source == "csv"]),
+    ("--full-size", FULL_SIZE if full_size is None else full_size, *sides),
     ("--workers", 1 if workers is None else workers, 1, 1024),
     ("quality", quality, 1, 100),
   ):
@@ -117,15 +159,18 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
       raise UserError(f"{flag}={value}: {low} to {high} are accepted")
 
 
-def _prepare(source, labelled, data_dir, store, full_size, workers, seed, quality) -> Summary:
+def _prepare(
+  source, labelled, data_dir, store, full_size, frame, workers, seed, quality, drop
+) -> Summary:
   from medattn_jax.data.datasets import prepared
 
   rejected = list(labelled.rejected)
-  jobs = photographs.jobs_of(labelled.photographs, rejected, store, full_size, quality)
-  identity = [source, photographs.METHOD, full_size, quality, seed, rejected, [
+  jobs = photographs.jobs_of(
+    labelled.photographs, rejected, store, full_size, quality, frame)
+  identity = [source, photographs.METHOD, full_size, frame, quality, seed, rejected, [
     [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split]
     for p in labelled.photographs if p.image_id in jobs
-  ]]
+  ], *["without duplicates"] * drop]
   identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
   final = data_dir / source / schema.VERSION
   old = _index(final)
@@ -137,35 +182,30 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
   if old:
     console.say(f"the input is not what {final} was made of: it is made anew")
     _recover(final, {job.key for job in jobs.values()}, store)
-  done = photographs.work(list(jobs.values()), workers or _cores())
-  kept = []
-  for photograph in labelled.photographs:
-    if photograph.image_id in jobs:
-      result = done[jobs[photograph.image_id].key]
-      if result.reason:
-        rejected.append((photograph.image_id, result.reason))
-      else:
-        kept.append((photograph, result))
+  done = photographs.work(list(jobs.values()), workers)
+  settled = sorted_out(labelled.photographs, jobs, done, rejected, drop)
+  kept = settled.kept
   _say_oddities(kept, full_size)
   if not kept:
     _write_rejected(data_dir, rejected)
     shutil.rmtree(store, ignore_errors=True)
-    why = f", the first because it {rejected[0][1]}" if rejected else ""
-    raise UserError(f"no photograph is usable: {len(rejected)} are rejected{why}; see "
-                    f"{data_dir / REJECTED}")
-  examples = _examples(kept)
+    raise UserError(f"{unusable(rejected)}; see {data_dir / REJECTED}")
+  if settled.fault:
+    raise UserError(settled.fault)
+  examples = tally.examples(kept)
   about = {
     "source": source,
     "identity": identity,
     "quality": quality,
     "rejected": rejected,
-    "patients": {split: len({e[0][0].patient for e in rows}) for split, rows in examples.items()},
+    "patients": tally.patients(examples),
   }
   names = {split: [[r.name for _, r in e] for e in rows] for split, rows in examples.items()}
   prepared.install(
     lambda directory: prepared.Prepared(
       source=source,
       full_size=full_size,
+      frame=frame,
       examples={s: lambda rows=rows: _read(rows, store) for s, rows in examples.items()},
       data_dir=directory,
     ),
@@ -176,6 +216,35 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
   _write_rejected(data_dir, rejected)
   shutil.rmtree(store, ignore_errors=True)
   return _report(final, data_dir)
+
+
+def sorted_out(
+  found: Sequence[Photograph],
+  jobs: Mapping[str, photographs.Job],
+  done: Mapping[str, photographs.Done],
+  rejected: list[tuple[str, str]],
+  drop: bool,
+) -> duplicates.Settled:
+  """The photographs that can be used, duplicates settled and spoken of; others join `rejected`."""
+  kept = []
+  for photograph in found:
+    if photograph.image_id in jobs:
+      result = done[jobs[photograph.image_id].key]
+      if result.reason:
+        rejected.append((photograph.image_id, result.reason))
+      else:
+        kept.append((photograph, result))
+  settled = duplicates.settle(kept, drop)
+  rejected += settled.rejected
+  for note in settled.notes:
+    console.warn(note)
+  return settled
+
+
+def unusable(rejected: Sequence[tuple[str, str]]) -> str:
+  """What is said where nothing is left."""
+  first = f", the first, {rejected[0][0]}, because it {rejected[0][1]}" if rejected else ""
+  return f"no photograph is usable: {len(rejected)} are rejected{first}"
 
 
 def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: int) -> Summary:
@@ -191,9 +260,7 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
     return _report(final, data_dir)
   if not arrays.counts:
     _write_rejected(data_dir, arrays.rejected)
-    name, why = arrays.rejected[0]
-    raise UserError(f"no photograph is usable: {len(arrays.rejected)} are rejected, the first, "
-                    f"{name}, because it {why}; see {data_dir / REJECTED}")
+    raise UserError(f"{unusable(arrays.rejected)}; see {data_dir / REJECTED}")
   if old:
     console.say(f"the input is not what {final} was made of: it is made anew")
   if size != arrays.size:
@@ -212,6 +279,7 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
       channels=arrays.channels,
       encoding="png",
       num_classes=arrays.num_classes,
+      frame="whole",
       examples={s: functools.partial(pixels.examples, arrays, s, size, census)
                 for s in arrays.counts},
       data_dir=directory,
@@ -223,32 +291,6 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
     console.warn(remark)
   _write_rejected(data_dir, arrays.rejected)
   return _report(final, data_dir)
-
-
-def _examples(kept) -> dict[str, list[list[tuple[Photograph, photographs.Done]]]]:
-  """The examples of each split: one or two photographs of one patient, left before right.
-
-  Lefts and rights are paired in order; two photographs are also paired where an eye is unknown.
-  Whatever is left is an example by itself.
-  """
-  patients = collections.defaultdict(list)
-  for entry in kept:
-    patients[entry[0].split, entry[0].patient].append(entry)
-  examples = collections.defaultdict(list)
-  for split in schema.SPLITS:
-    for (where, _), entries in patients.items():
-      if where != split:
-        continue
-      eyes = {eye: [e for e in entries if e[0].eye == eye] for eye in ("left", "", "right")}
-      if len(entries) == 2 and eyes[""]:
-        examples[split].append(eyes["left"] + eyes[""] + eyes["right"])
-        continue
-      pairs = min(len(eyes["left"]), len(eyes["right"]))
-      for number in range(pairs):
-        examples[split].append([eyes["left"][number], eyes["right"][number]])
-      rest = eyes["left"][pairs:] + eyes["right"][pairs:] + eyes[""]
-      examples[split] += [[entry] for entry in rest]
-  return dict(examples)
 
 
 def _read(rows, store: pathlib.Path) -> Iterator[dict]:
@@ -297,16 +339,12 @@ def _recover(folder: pathlib.Path, wanted: set[str], store: pathlib.Path) -> Non
 
 
 def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size: int) -> None:
-  enlarged = sum(result.enlarged for _, result in kept)
-  if enlarged:
+  count = lambda oddity: sum(bool(result.oddities & oddity) for _, result in kept)
+  if enlarged := count(photographs.ENLARGED):
     console.say(f"{enlarged} photographs are smaller than {full_size} pixels and were enlarged")
-  same = collections.defaultdict(list)
-  for photograph, result in kept:
-    same[result.source].append(photograph.image_id)
-  copies = [names for names in same.values() if len(names) > 1]
-  if copies:
-    console.warn(f"{len(copies)} files are there more than once under different names and are all "
-                 f"kept, the first: {', '.join(copies[0][:3])}")
+  if stretched := count(photographs.STRETCHED):
+    console.warn(f"{stretched} photographs are no squares and were stretched: the frame is theirs "
+                 "as a whole")
 
 
 def _write_rejected(data_dir: pathlib.Path, rejected: Sequence[Sequence[str]]) -> None:
@@ -327,16 +365,6 @@ def _report(folder: pathlib.Path, data_dir: pathlib.Path) -> Summary:
   levels = {split: [words.count(d) for d in digits] for split, words in index["levels"].items()}
   patients, rejected = index["about"]["patients"], len(index["about"]["rejected"])
   print(f"{folder}: {index['full_size']} pixels")
-  table = [["split", "patients", "images", *(f"level {level}" for level in range(len(digits)))]]
-  table += [[split, patients[split], sum(n), *n] for split, n in levels.items()]
-  wide = len(digits) > MAX_COLUMNS
-  for first, *cells in zip(*table, strict=True) if wide else table:
-    print(f"{first:<12}" + "".join(f"{cell:>{12 if wide else 9}}" for cell in cells))
+  tally.show(patients, levels)
   print(f"{rejected} rejected: {data_dir / REJECTED}")
   return Summary(folder, patients, levels, rejected)
-
-
-def _cores() -> int:
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1

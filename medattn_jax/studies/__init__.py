@@ -26,14 +26,31 @@ _OUT = {"--out": {"metavar": "DIR", "help": "instead of WORKDIR/studies/NAME"}}
 ONE_RUN = {"--workdir": _WORKDIR, "--predictions": _PREDICTIONS, **_GRADED, **_OUT}
 SEVERAL_RUNS = {
   "--workdir": _WORKDIRS, "--predictions": _PREDICTIONS_OF_SEVERAL, **_GRADED, **_OUT}
+TUNE = {"--tune": {
+  "metavar": "F.csv", "help": "with --predictions: the same model's on a validation split"}}
 ONE_WORKDIR = {"--workdir": {**_WORKDIR, "required": True}, **_GRADED, **_OUT}
 
 # Name → (what it does, its flags as argparse takes them).
 STUDIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "kappa": (
     "quadratic weighted kappa by three decision rules, with intervals over patients",
-    ONE_RUN | {"--tune": {
-      "metavar": "F.csv", "help": "with --predictions: the same model's on a validation split"}}),
+    ONE_RUN | TUNE),
+  "screening": (
+    "the Messidor protocol: an SVM on the probabilities tells who is to be referred",
+    ONE_RUN | {
+      "--train-workdir": {"metavar": "D", "help": "what grades the set to train on; the same"},
+      "--train-data": {"metavar": "NAME|DIR", "help": "the set to train normal vs abnormal on"},
+      "--train-split": {"metavar": "SPLIT", "help": "of that set; train"},
+      "--train-predictions": {"metavar": "F.csv", "help": "instead: a predictions.csv"}}),
+  "calibration": (
+    "are the probabilities as often right as they say, before and after temperature scaling",
+    ONE_RUN | TUNE),
+  "compare": (
+    "two models on the same images: areas by DeLong's test, kappa by a paired bootstrap",
+    SEVERAL_RUNS),
+  "table": (
+    "the paper's rows beside what workdirs reached, as Markdown",
+    {"--workdir": _WORKDIRS, **_OUT}),
   "coverage": (
     "how many lesions lie in the regions, by number of boxes, beside chance and the best possible",
     ONE_WORKDIR | {"--boxes": {

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medattn_jax import files, metrics
+from medattn_jax import console, files, metrics
 from medattn_jax.errors import UserError
 
 COLUMNS = ("image", "patient", "eye", "level", "grade")
@@ -53,7 +53,9 @@ def of_workdir(
   Raises:
     UserError: as evaluate.run.
   """
-  return _of_workdir(workdir, data, split, step, validation=False)[0]
+  from medattn_jax import trained  # imports JAX
+
+  return of_model(trained.open_workdir(workdir, step), str(workdir), data, split)[0]
 
 
 def with_validation(
@@ -63,15 +65,19 @@ def with_validation(
 
   Both are the same where the split is the validation split itself.
   """
-  return _of_workdir(workdir, data, split, step, validation=True)
+  from medattn_jax import trained  # imports JAX
+
+  return of_model(
+    trained.open_workdir(workdir, step), str(workdir), data, split, validation=True)
 
 
-def _of_workdir(
-  workdir: str, data: str | None, split: str | None, step: str | int, *, validation: bool
+def of_model(
+  model: Any, name: str, data: str | None = None, split: str | None = None, *,
+  validation: bool = False,
 ) -> tuple[Answers, Answers | None]:
-  from medattn_jax import evaluate, trained  # import JAX
+  """`of_workdir` and, if asked for, the validation split too, of a trained.Trained that is open."""
+  from medattn_jax import evaluate  # imports JAX
 
-  model = trained.open_workdir(workdir, step)
   dataset = evaluate.open_data(model.config, data)
   split = evaluate.choose_split(dataset, split)
   table = evaluate.graded(model.experiment, model.variables, dataset, split, model.config)
@@ -80,10 +86,10 @@ def _of_workdir(
 
   def answers(rows: Mapping[str, Any], split: str) -> Answers:
     probabilities = metrics.probabilities_of(rows["logits"])
-    source = {"workdir": str(workdir), "data": dataset.name, "split": split, "step": model.step,
+    source = {"workdir": name, "data": dataset.name, "split": split, "step": model.step,
               "checkpoint_sha256": model.fingerprint}
     return Answers(
-      str(workdir), rows["image"], rows["patient"], rows["eye"], rows["level"].astype(np.int64),
+      name, rows["image"], rows["patient"], rows["eye"], rows["level"].astype(np.int64),
       probabilities, metrics.grades(probabilities, thresholds), source)
 
   found = answers(table, split)
@@ -94,6 +100,36 @@ def _of_workdir(
     rows = evaluate.graded(
       model.experiment, model.variables, dataset, "validation", model.config)
   return found, None if rows is None else answers(rows, "validation")
+
+
+def with_tuning(
+  workdir: str | None, predictions: str | None, data: str | None, split: str | None,
+  step: str | int, tune: str | None,
+) -> tuple[Answers, Answers | None]:
+  """One run, and its answers on what is to be tuned on: the validation split, or the file `tune`.
+
+  None for that where there is none, which is said.
+
+  Raises:
+    UserError: not one run, flags that do not go together, or images that are in both.
+  """
+  one(workdir, predictions)
+  if workdir:
+    if tune:
+      raise UserError(f"--tune={tune}: a workdir's own validation split is graded; accepted: "
+                      "--tune with --predictions")
+    graded, validation = with_validation(workdir, data, split, step)
+    if validation is None:
+      console.say(f"data set {graded.source['data']} has no validation split: nothing is tuned")
+    return graded, validation
+  only_predictions([], data, split, step)
+  graded = of_predictions(predictions)
+  if not tune:
+    console.say("no --tune=F.csv of a validation split: nothing is tuned")
+    return graded, None
+  validation = of_predictions(tune)
+  check_apart(validation, graded)
+  return graded, validation
 
 
 def of_predictions(path: str | os.PathLike) -> Answers:
@@ -247,8 +283,14 @@ def together(runs: Sequence[Answers]) -> list[Answers]:
 def check_apart(fitted: Answers, asked: Answers) -> None:
   """Raises UserError where what is fitted on one set would be tested on its own images.
 
-  An image is known by its name and its patient's: sets of different origin may share the one.
+  Images of two data sets may go by one name; of files it is not known which set they are of, so
+  there name and patient are compared. Runs of other classes do not go together either.
   """
+  if (classes := fitted.probabilities.shape[1]) != asked.probabilities.shape[1]:
+    raise UserError(f"{fitted.name}: has {classes} classes where {asked.name} has "
+                    f"{asked.probabilities.shape[1]}")
+  if fitted.source.get("data") != asked.source.get("data"):
+    return
   names = [set(zip(run.image, run.patient, strict=True)) for run in (fitted, asked)]
   if both := names[0] & names[1]:
     raise UserError(f"{fitted.name} and {asked.name}: share {len(both)} images, {min(both)[0]} the "

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from medattn_jax import console, metrics
+from medattn_jax import metrics
 from medattn_jax.analysis import agreement
-from medattn_jax.errors import UserError
 from medattn_jax.studies import answers, writing
 
 RULES = {
@@ -42,9 +41,8 @@ def run(
   Raises:
     UserError: nothing was written.
   """
-  answers.one(workdir, predictions)
   place = answers.folder("kappa", [workdir] if workdir else [], out)
-  graded, validation = _graded(workdir, predictions, data, split, step, tune)
+  graded, validation = answers.with_tuning(workdir, predictions, data, split, step, tune)
   classes = graded.probabilities.shape[1]
   score = metrics.expected_grade(graded.probabilities)
   grades = {
@@ -78,25 +76,3 @@ def run(
           for name, rule in rules.items()],
     notes=[f"{found['images']:,} photographs of {found['patients']:,} patients, who are what is "
            "resampled"])
-
-
-def _graded(
-  workdir: str | None, predictions: str | None, data: str | None, split: str | None,
-  step: str | int, tune: str | None,
-) -> tuple[answers.Answers, answers.Answers | None]:
-  if workdir:
-    if tune:
-      raise UserError(f"--tune={tune}: a workdir's own validation split is graded; accepted: "
-                      "--tune with --predictions")
-    graded, validation = answers.with_validation(workdir, data, split, step)
-    if validation is None:
-      console.say(f"data set {graded.source['data']} has no validation split: no thresholds tuned")
-    return graded, validation
-  answers.only_predictions([], data, split, step)
-  graded = answers.of_predictions(predictions)
-  if not tune:
-    console.say("no --tune=F.csv of a validation split: no thresholds tuned")
-    return graded, None
-  validation = answers.of_predictions(tune)
-  answers.check_apart(validation, graded)
-  return graded, validation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def finish(
   found = {"study": study, **found}
   content = (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()
   files.write_all(place, {**figures, f"{study}.json": content})
-  output = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+  # A log has no width, which rich would take for 80 columns.
+  width = None if sys.stdout.isatty() else 120
+  output = rich.console.Console(highlight=False, markup=False, soft_wrap=True, width=width)
   table = rich.table.Table(show_header=any(header))
   for number, name in enumerate(header):
     table.add_column(name, justify="right" if number else "left")
@@ -53,12 +56,22 @@ def shown(value: float | None) -> str:
 
 
 def interval(edges: Sequence[float] | None) -> str:
-  """low–high; a dash where it is not defined."""
+  """low to high; a dash where it is not defined."""
   return "–" if edges is None else f"{edges[0]:.3f} to {edges[1]:.3f}"
 
 
 def about(source: Mapping[str, Any]) -> str:
   """Of an Answers.source, in a line."""
   if "predictions" in source:
-    return source["predictions"]
+    return short(source["predictions"])
   return f"{source['data']}, {source['split']} split, step {source['step']}"
+
+
+def short(name: str) -> str:
+  """The end of a long path, where paths differ."""
+  return name if len(name) <= 80 else f"…{name[-79:]}"
+
+
+def both(value: float | None, edges: Sequence[float] | None) -> str:
+  """A figure and its interval."""
+  return shown(value) if edges is None else f"{shown(value)} ({edges[0]:.3f}–{edges[1]:.3f})"

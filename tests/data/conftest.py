@@ -6,10 +6,13 @@ import csv
 import io
 import pathlib
 import types
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from medattn_jax.data import schema
 
 
 def eye_picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -30,6 +33,60 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "JPEG", **options) -> b
   file = io.BytesIO()
   image.save(file, kind, **options)
   return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+  (tmp_path / "raw").mkdir()
+  return tmp_path / "raw"
+
+
+@pytest.fixture
+def data(tmp_path) -> pathlib.Path:
+  return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def read() -> Callable:
+  """read(data_dir, source, split, size=None, channels=None): what a prepared set holds.
+
+  Images uint8 [n, S, S, C], as stored unless asked otherwise, levels and names.
+  """
+  from medattn_jax.data import pipeline
+  from medattn_jax.data.datasets import prepared
+
+  def read(data_dir, source, split, size=None, channels=None):
+    size = size or prepared.read_index(data_dir / source / schema.VERSION)["full_size"]
+    dataset = pipeline.open_dataset(source, data_dir, full_size=size)
+    count, channels = dataset.splits[split], channels or dataset.channels
+    images = np.stack(list(
+      pipeline.photographs(dataset, split, range(count), full_size=size, channels=channels)))
+    batches = pipeline.eval_batches(dataset, split, batch_size=4, full_size=size, pairs=False)
+    names = [str(name) for batch in batches for name in batch["image_id"][:, 0]]
+    return images, dataset.photo_levels(split), names[:count]
+
+  return read
+
+
+@pytest.fixture(scope="session")
+def rejected_of() -> Callable[[pathlib.Path], dict[str, str]]:
+  """rejected_of(data_dir): {file: reason} of its rejected.csv."""
+  def rejected_of(data_dir):
+    with open(data_dir / "rejected.csv", newline="", encoding="utf-8") as file:
+      lines = list(csv.reader(file))
+    assert lines[0] == ["file", "reason"]
+    return dict(lines[1:])
+
+  return rejected_of
+
+
+@pytest.fixture(scope="session")
+def no_set() -> Callable[[pathlib.Path, str], bool]:
+  """no_set(data_dir, source): neither a set nor half of one is there."""
+  def no_set(data_dir, source):
+    return not (data_dir / source).exists() and not list(data_dir.glob(".building*"))
+
+  return no_set
 
 
 class Camera:

@@ -1,10 +1,7 @@
-"""`prepare --source=npz` and `--source=fer2013`: every pixel as it was, every mistake named."""
+"""`prepare --source=npz`: every pixel as it was, every mistake named."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import pathlib
 import shutil
@@ -12,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 import zipfile
 
 import numpy as np
@@ -21,7 +17,6 @@ import pytest
 from medattn_jax.data import pipeline
 from medattn_jax.data import prepare as module
 from medattn_jax.data.datasets import prepared
-from medattn_jax.data.sources import fer2013
 from medattn_jax.errors import UserError
 
 SIDE = 20
@@ -39,43 +34,9 @@ def arrays_of(*tail: int, classes: int = 3, seed: int = 0) -> dict[str, np.ndarr
   return arrays
 
 
-@pytest.fixture
-def folder(tmp_path) -> pathlib.Path:
-  (tmp_path / "raw").mkdir()
-  return tmp_path / "raw"
-
-
-@pytest.fixture
-def data(tmp_path) -> pathlib.Path:
-  return tmp_path / "data"
-
-
-def read(data_dir, source, split, size=SIDE, channels=None):
-  """images uint8 [n, S, S, C], levels and names of a split."""
-  dataset = pipeline.open_dataset(source, data_dir, full_size=size)
-  channels = channels or dataset.channels
-  count = dataset.splits[split]
-  images = np.stack(list(
-    pipeline.photographs(dataset, split, range(count), full_size=size, channels=channels)))
-  names = [str(name) for batch in pipeline.eval_batches(
-    dataset, split, batch_size=4, full_size=size, pairs=False) for name in batch["image_id"][:, 0]]
-  return images, dataset.photo_levels(split), names[:count]
-
-
-def rejected_of(data_dir: pathlib.Path) -> dict[str, str]:
-  with open(data_dir / "rejected.csv", newline="", encoding="utf-8") as file:
-    lines = list(csv.reader(file))
-  assert lines[0] == ["file", "reason"]
-  return dict(lines[1:])
-
-
-def no_set(data_dir: pathlib.Path, source: str) -> bool:
-  return not (data_dir / source).exists() and not list(data_dir.glob(".building*"))
-
-
 @pytest.mark.parametrize("tail", [(), (1,), (3,)])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_arrays_become_a_set_pixel_by_pixel(folder, data, tail, save, capsys):
+def test_arrays_become_a_set_pixel_by_pixel(folder, data, tail, save, capsys, read, rejected_of):
   arrays = arrays_of(*tail)
   save(folder / "thing.npz", **arrays)
   summary = module.prepare("npz", folder, data)
@@ -97,7 +58,7 @@ def test_arrays_become_a_set_pixel_by_pixel(folder, data, tail, save, capsys):
 @pytest.mark.parametrize("labels", [
   lambda x: x[:, 0], lambda x: x.astype(np.int64), lambda x: x.astype(">i4"),
 ])  # fmt: skip
-def test_labels_may_be_flat_or_of_any_whole_kind(folder, data, labels):
+def test_labels_may_be_flat_or_of_any_whole_kind(folder, data, labels, read):
   arrays = arrays_of()
   changed = {k: labels(x) if k.endswith("labels") else x for k, x in arrays.items()}
   np.savez(folder / "a.npz", **changed)
@@ -127,7 +88,7 @@ def test_validation_may_be_missing_and_one_class_is_enough(folder, data, capsys)
   assert "no validation split" in capsys.readouterr().err
 
 
-def test_pixels_are_resized_only_when_asked_for(folder, data, capsys):
+def test_pixels_are_resized_only_when_asked_for(folder, data, capsys, read):
   arrays = arrays_of()
   arrays["train_images"][0] = 200
   np.savez(folder / "a.npz", **arrays)
@@ -147,7 +108,9 @@ def test_photographs_keep_their_own_size_by_default(camera, data):
   assert pipeline.open_dataset("csv", data, full_size=1230).full_size == 1230
 
 
-def test_a_second_run_does_nothing_and_a_changed_file_is_prepared_anew(folder, data, capsys):
+def test_a_second_run_does_nothing_and_a_changed_file_is_prepared_anew(
+  folder, data, capsys, read, rejected_of
+):
   path = folder / "a.npz"
   np.savez(path, **arrays_of())
   module.prepare("npz", folder, data)
@@ -169,7 +132,7 @@ def test_a_second_run_does_nothing_and_a_changed_file_is_prepared_anew(folder, d
   np.testing.assert_array_equal(read(data, "npz", "test")[0][..., 0], changed["test_images"])
 
 
-def test_repeated_and_blank_photographs_are_kept_and_said(folder, data, capsys):
+def test_repeated_and_blank_photographs_are_kept_and_said(folder, data, capsys, read):
   arrays = arrays_of()
   arrays["train_images"][4] = arrays["train_images"][2]
   arrays["test_images"][1] = arrays["train_images"][2]
@@ -268,7 +231,7 @@ def test_headers_are_not_believed(folder, data, change, named):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damage_is_noticed_and_leaves_no_set(folder, data, save):
+def test_damage_is_noticed_and_leaves_no_set(folder, data, save, read, no_set):
   path = folder / "a.npz"
   save(path, **arrays_of())
   sound = path.read_bytes()
@@ -290,7 +253,7 @@ def test_damage_is_noticed_and_leaves_no_set(folder, data, save):
       module.prepare("npz", folder, data)
 
 
-def test_a_file_that_changes_meanwhile_is_noticed(folder, data, monkeypatch):
+def test_a_file_that_changes_meanwhile_is_noticed(folder, data, monkeypatch, no_set):
   path = folder / "a.npz"
   np.savez(path, **arrays_of())
   install = prepared.install
@@ -332,7 +295,7 @@ def test_where_no_one_file_is_to_be_had_is_named(folder, data, tmp_path):
     module.prepare("csv", folder / "text.npz", data)
 
 
-def test_two_runs_at_once_are_one_too_many_and_what_a_killed_one_left_goes(folder, data):
+def test_two_runs_at_once_are_one_too_many_and_what_a_killed_one_left_goes(folder, data, read):
   np.savez(folder / "a.npz", **arrays_of())
   left = data / ".building-npz" / "npz" / "incomplete.AB_1.0.0"
   left.mkdir(parents=True)
@@ -366,138 +329,12 @@ def test_a_killed_run_leaves_no_half_of_a_set(folder, data):
 
 
 @pytest.mark.slow
-def test_real_radiographs(shared, data):
+def test_real_radiographs(shared, data, read):
   source = shared / "realdata" / "pneumoniamnist"
   summary = module.prepare("npz", source, data)
   assert summary.levels == {"train": [388, 3494], "validation": [135, 389], "test": [234, 390]}
   with np.load(source / "pneumoniamnist.npz", allow_pickle=False) as raw:
     for key, split in SPLITS.items():
-      images, levels, _ = read(data, "npz", split, size=28)
+      images, levels, _ = read(data, "npz", split)
       np.testing.assert_array_equal(images[..., 0], raw[f"{key}_images"])
       np.testing.assert_array_equal(levels, raw[f"{key}_labels"][:, 0])
-
-
-# fer2013.csv
-
-
-USAGES = ("Training", "Training", "PublicTest", "PrivateTest")
-
-
-def faces(count: int = 12) -> np.ndarray:
-  return np.random.default_rng(2).integers(0, 256, (count, 48, 48), np.uint8)
-
-
-def row(number: int, face: np.ndarray) -> list[str]:
-  return [str(number % 7), " ".join(map(str, face.ravel())), USAGES[number % 4]]
-
-
-def write_sheet(folder, rows, header=("emotion", "pixels", "Usage"), end="\n", start=b"") -> None:
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator=end)
-  writer.writerows([header, *rows])
-  (folder / "fer2013.csv").write_bytes(start + text.getvalue().encode())
-
-
-def test_a_sheet_of_pixels_becomes_a_set(folder, data, capsys):
-  images = faces()
-  write_sheet(folder, [row(n, face) for n, face in enumerate(images)])
-  summary = module.prepare("fer2013", folder, data)
-  assert summary.patients == {"train": 6, "validation": 3, "test": 3}
-  dataset = pipeline.open_dataset("fer2013", data, full_size=48)
-  assert (dataset.channels, dataset.num_classes, dataset.full_size) == (1, 7, 48)
-  for split, usage in (("train", "Training"), ("validation", "PublicTest"),
-                       ("test", "PrivateTest")):
-    numbers = [n for n in range(12) if USAGES[n % 4] == usage]
-    found, levels, names = read(data, "fer2013", split, size=48)
-    np.testing.assert_array_equal(found[..., 0], images[numbers])
-    assert levels.tolist() == [n % 7 for n in numbers]
-    assert names == [f"{split}_{n:05}" for n in numbers]
-  assert "level 5  level 6" in capsys.readouterr().out and rejected_of(data) == {}
-  module.prepare("fer2013", folder / "fer2013.csv", data)
-  assert "nothing to do" in capsys.readouterr().err
-
-
-def test_a_sheet_as_others_write_it(folder, data):
-  """Another order of columns, blanks, quotes, CRLF, a byte order mark, an empty line."""
-  images = faces(4)
-  rows = [[f" {usage}", f' "{level}"', pixels]
-          for level, pixels, usage in (row(n, face) for n, face in enumerate(images))]
-  lines = ['Usage, emotion, "pixels"', "", *(",".join(cells) for cells in rows), ""]
-  (folder / "FER2013.CSV").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-  summary = module.prepare("fer2013", folder, data)
-  assert summary.patients == {"train": 2, "validation": 1, "test": 1} and summary.rejected == 0
-  np.testing.assert_array_equal(read(data, "fer2013", "train", 48)[0][..., 0], images[:2])
-
-
-def test_bad_rows_are_named_and_cost_no_good_one(folder, data):
-  good = [row(n, face) for n, face in enumerate(faces(4))]
-  pixels = good[0][1]
-  bad = {
-    "has 2303 pixels": ["0", pixels.rsplit(" ", 1)[0], "Training"],
-    "has 2305 pixels": ["0", pixels + " 0", "Training"],
-    "has a pixel '256'": ["0", "256 " + pixels.split(" ", 1)[1], "Training"],
-    "has a pixel '-1'": ["0", "-1 " + pixels.split(" ", 1)[1], "Training"],
-    "has a pixel '1_0'": ["0", "1_0 " + pixels.split(" ", 1)[1], "Training"],
-    "has a pixel '99999999999999999999'": ["0", "9" * 5000 + " " + pixels.split(" ", 1)[1],
-                                           "Training"],
-    "has a pixel 'nan'": ["0", "nan " + pixels.split(" ", 1)[1], "Training"],
-    "has 0 pixels": ["0", "", "Training"],
-    "has emotion '7'": ["7", pixels, "Training"],
-    "has emotion 'happy'": ["happy", pixels, "Training"],
-    "has emotion ''": ["", pixels, "Training"],
-    "has Usage 'Validation'": ["0", pixels, "Validation"],
-    "has 2 cells": ["0", pixels],
-    "has 4 cells": ["0", pixels, "Training", "x"],
-    "has more than 65536 characters": ["0", "1 " * 5_000_000, "Training"],
-  }
-  write_sheet(folder, [*good[:2], *bad.values(), *good[2:]])
-  summary = module.prepare("fer2013", folder, data)
-  rejected = rejected_of(data)
-  assert summary.rejected == len(rejected) == len(bad)
-  for line, reason in enumerate(bad, start=4):
-    assert reason in rejected[f"fer2013.csv line {line}"]
-  assert summary.patients == {"train": 2, "validation": 1, "test": 1}
-  np.testing.assert_array_equal(read(data, "fer2013", "train", 48)[0][..., 0], faces(4)[:2])
-
-
-def test_a_row_without_end_takes_no_memory(folder):
-  with open(folder / "fer2013.csv", "wb") as file:
-    file.write(b"emotion,pixels,Usage\n0,")
-    for _ in range(64):
-      file.write(b"1 " * 2**19)  # 64 MB
-  tracemalloc.start()
-  found = fer2013.read(folder, 0)
-  assert tracemalloc.get_traced_memory()[1] < 4e6
-  tracemalloc.stop()
-  assert found.counts == {} and "more than" in found.rejected[0][1]
-
-
-@pytest.mark.parametrize("text, named", [
-  ("", "is empty"), ("\n\n", "is empty"), ("emotion,pixels,Usage\n", "a header but no rows"),
-  ("emotion,pixels\n0,1 2 3\n", "no column usage.*begins 'emotion,pixels'.*accepted: a fer2013"),
-  ("emotion;pixels;Usage\n0;1;Training\n", "no column emotion.*separated by commas"),
-  ("0,1 2 3,Training\n", "no column emotion and pixels and usage"),
-  ("emotion,pixels,Usage," + "x" * 70000 + "\n", "no column"),
-  ("emotion,emotion,pixels,Usage\n", "no column emotion"),
-  ("\x00\x01", "no column"),
-])  # fmt: skip
-def test_sheets_that_cannot_be_used_are_named(folder, data, text, named):
-  (folder / "fer2013.csv").write_text(text)
-  with pytest.raises(UserError, match=named) as error:
-    module.prepare("fer2013", folder, data)
-  assert "fer2013.csv" in str(error.value) and "\n" not in str(error.value)
-  assert not data.exists()
-
-
-def test_a_sheet_with_nothing_usable_makes_no_set(folder, data):
-  write_sheet(folder, [["9", "1 2", "Training"], ["0", "1 2", "Training"]])
-  with pytest.raises(UserError, match=r"no photograph is usable: 2 are rejected.*line 2, because"):
-    module.prepare("fer2013", folder, data)
-  assert no_set(data, "fer2013") and len(rejected_of(data)) == 2
-
-
-def test_the_index_holds_one_character_a_photograph(folder, data):
-  write_sheet(folder, [row(n, face) for n, face in enumerate(faces(8))])
-  module.prepare("fer2013", folder, data)
-  content = json.loads((data / "fer2013/1.0.0/index.json").read_text())["content"]
-  assert content["levels"] == {"train": "0- 1- 4- 5-", "validation": "2- 6-", "test": "3- 0-"}

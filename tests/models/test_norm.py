@@ -100,6 +100,25 @@ def test_one_by_one_is_the_convolution(stride):
   np.testing.assert_allclose(conv.apply(variables, x), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel, stride, padding", [
+  ((3, 3), 1, None), ((3, 3), 2, None), ((1, 7), 1, None), ((2, 3), 1, (1, 2))])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (3, 1)])
+def test_features_smaller_than_the_kernel(size, kernel, stride, padding):
+  x = np.random.default_rng(4).normal(size=(2, *size, 5)).astype(np.float32)
+  conv = Conv(4, kernel, stride, padding)
+  variables = conv.init(jax.random.key(0), x)
+  rows, columns = padding or (kernel[0] // 2, kernel[1] // 2)
+  wanted = lambda x, kernel: jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), ((rows, rows), (columns, columns)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  y, pull = jax.vjp(lambda x, kernel: conv.apply({"params": {"kernel": kernel}}, x),
+                    x, variables["params"]["kernel"])
+  plain, plain_pull = jax.vjp(wanted, x, variables["params"]["kernel"])
+  np.testing.assert_allclose(y, plain, atol=1e-5)
+  for found, expected in zip(pull(jnp.cos(y)), plain_pull(jnp.cos(y)), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel, stride, padding, side", [
   ((3, 3), 1, None, 9), ((1, 7), 1, None, 9), ((3, 3), 2, None, 5), ((3, 3), 2, (0, 0), 4)])
 def test_padding_is_symmetric(kernel, stride, padding, side):

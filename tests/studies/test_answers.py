@@ -2,6 +2,7 @@
 
 import csv
 import io
+import types
 
 import numpy as np
 import pytest
@@ -120,8 +121,69 @@ def test_gather_takes_as_many_runs_as_the_study(make_predictions):
     answers.gather([], [path], split="test")
 
 
-def test_a_workdir_answers_as_evaluate_writes(untrained_m_net, tmp_path, monkeypatch):
+def table(n, seed):
+  """What evaluate.graded gives for a split of n photographs, without a model."""
+  rng = np.random.default_rng(seed)
+  level = rng.integers(0, 5, n).astype(np.int32)
+  seen = level + rng.normal(0, 1, n)
+  logits = (-1.5 * np.abs(np.arange(5) - seen[:, None])).astype(np.float32)
+  return {
+    "image": np.array([f"{seed}-{i}" for i in range(n)], object),
+    "patient": np.array([f"{seed}-{i // 2}" for i in range(n)], object),
+    "eye": np.array([("left", "right")[i % 2] for i in range(n)], object),
+    "level": level, "logits": logits, "y_M": logits, "true_boxes": []}
+
+
+@pytest.fixture
+def run(monkeypatch):
+  """make(thresholds, *splits): a model that is open, whose data set has these splits."""
+  space = types.SimpleNamespace
+
+  def make(thresholds, *splits):
+    tables = {split: table(40, seed) for seed, split in enumerate(splits)}
+    dataset = space(name="eyes", splits=dict.fromkeys(splits, 40))
+    monkeypatch.setattr(evaluate, "open_data", lambda config, data: dataset)
+    monkeypatch.setattr(
+      evaluate, "graded", lambda now, variables, data, split, config: tables[split])
+    model = space(
+      thresholds=thresholds, thresholds_from="elsewhere", step=7, fingerprint="f", experiment=None,
+      variables=None, config=space(
+        seed=0, model=space(name="m_net", num_classes=5), evaluation=space(bootstrap=0)))
+    return model, dataset, tables
+
+  return make
+
+
+@pytest.mark.parametrize("thresholds", [np.array([0.5, 1.5, 2.5, 3.5]), None])
+@pytest.mark.parametrize("splits", [("test", "validation"), ("validation",), ("test",)])
+def test_a_run_answers_as_evaluate_writes(run, tmp_path, thresholds, splits):
   """The same photographs, probabilities and decision, bit by bit; and its validation split."""
+  model, dataset, tables = run(thresholds, *splits)
+  split = splits[0]
+  summary = evaluate.summarise(
+    tables[split], evaluate.tuning_of(model, dataset, split, tables[split]), model)
+  text = evaluate.predictions_csv(tables[split], summary["thresholds"])
+  (tmp_path / "predictions.csv").write_text(text)
+  written = answers.of_predictions(tmp_path / "predictions.csv")
+  found, validation = answers.of_model(model, "run", validation=True)
+  for column in ("image", "patient", "eye", "level", "probabilities", "grade"):
+    np.testing.assert_array_equal(getattr(found, column), getattr(written, column))
+  assert found.source == {"workdir": "run", "data": "eyes", "split": split, "step": 7,
+                          "checkpoint_sha256": "f"}
+  if "validation" not in splits:
+    assert validation is None
+  else:
+    assert validation.source["split"] == "validation"
+    np.testing.assert_array_equal(validation.level, tables["validation"]["level"])
+    tuned = metrics.tune_thresholds(
+      metrics.expected_grade(validation.probabilities), validation.level)
+    np.testing.assert_array_equal(
+      found.grade, metrics.grades(found.probabilities, None if thresholds is None else tuned))
+  assert answers.of_model(model, "run")[1] is None
+
+
+@pytest.mark.slow
+def test_a_workdir_is_opened_and_graded(untrained_m_net, tmp_path, monkeypatch):
   model = trained.open_workdir(untrained_m_net)
   monkeypatch.setattr(trained, "open_workdir", lambda *_: model)  # or it would be compiled twice
   evaluate.run(str(untrained_m_net), out=str(tmp_path))
@@ -129,11 +191,7 @@ def test_a_workdir_answers_as_evaluate_writes(untrained_m_net, tmp_path, monkeyp
   found, validation = answers.with_validation(str(untrained_m_net))
   for column in ("image", "patient", "eye", "level", "probabilities", "grade"):
     np.testing.assert_array_equal(getattr(found, column), getattr(written, column))
-  assert found.source["split"] == "test" and validation.source["split"] == "validation"
   assert not set(found.image) & set(validation.image)
-  thresholds = metrics.tune_thresholds(
-    metrics.expected_grade(validation.probabilities), validation.level)
-  np.testing.assert_array_equal(found.grade, metrics.grades(found.probabilities, thresholds))
 
 
 def test_a_folder_to_write_to(tmp_path):

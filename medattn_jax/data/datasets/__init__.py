@@ -7,9 +7,13 @@ import pathlib
 from medattn_jax.data import schema
 from medattn_jax.errors import UserError, nearest
 
-PREPARED = ("csv", "npz", "fer2013")  # by `medattn prepare --source=NAME`
+PREPARED = (  # by `medattn prepare --source=NAME`
+  "csv", "npz", "fer2013",
+  "aptos", "ddr", "deepdrid",
+)  # fmt: skip
 # Made on first use: each a module of this package, with build(data_dir, *, size, **numbers).
 DRAWN = ("synthetic_fundus", "planted_region")
+ARRAYS = ("npz", "fer2013")  # of them, those of pixels that are ready
 NAMES = PREPARED + DRAWN
 
 

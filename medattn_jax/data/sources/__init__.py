@@ -32,6 +32,7 @@ class Photograph:
   patient: str
   eye: str  # "left", "right" or ""
   split: str  # "" until assign_splits
+  drawn: bool = False  # the split was drawn by chance
 
 
 @dataclasses.dataclass
@@ -152,7 +153,8 @@ def assign_splits(photographs: Iterable[Photograph], seed: int, sheet: str) -> l
   for photograph in photographs:
     if not photograph.split:
       patient = photograph.patient
-      photograph.split = drawn[patient] if patient in drawn else next(iter(stated[patient]))
+      photograph.drawn = patient in drawn
+      photograph.split = drawn[patient] if photograph.drawn else next(iter(stated[patient]))
   if drawn:
     counts = ", ".join(f"{list(drawn.values()).count(s)} {s}" for s in schema.SPLITS)
     notes.insert(0, f"{len(drawn)} patients without a split were split by patient, seed {seed}: "
