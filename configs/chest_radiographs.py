@@ -38,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.name = "global_attention"
   config.model.backbone = "cnn"
+  config.model.init_from = ""
   config.model.stem = "small"
   config.model.attend = "input"
   config.model.num_classes = 2

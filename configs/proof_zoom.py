@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.attention_features = 64
   config.model.attention_kernel = 1
   config.model.crop_backbone = "resnet_small"
+  config.model.init_from = ""
   config.model.crop_init = "m_net"
   config.model.num_classes = 5
   config.model.num_regions = 4

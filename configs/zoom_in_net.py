@@ -47,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.attention_features = 1024
   config.model.attention_kernel = 3
   config.model.crop_backbone = "inception_v3"
+  config.model.init_from = ""
   config.model.crop_init = "random"
   config.model.num_classes = 5
   config.model.num_regions = 4

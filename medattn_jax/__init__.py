@@ -17,10 +17,11 @@ _WHERE = {
   "load": ("predictor", "load"),
   "backbone": ("models", "backbone"),
   "from_torch": ("models.pretrained", "from_torch"),
+  "to_torch": ("models.pretrained", "to_torch"),
   "crops": ("crops", None),
   "experiment": ("experiment", None),
 }
-__all__ = ["backbone", "crops", "experiment", "from_torch", "load"]
+__all__ = ["backbone", "crops", "experiment", "from_torch", "load", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:

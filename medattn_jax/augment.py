@@ -107,8 +107,10 @@ def normalise(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: jnp.dtype,
-) -> Float[Array, "*images_and_space c"]:
+) -> Float[Array, "*images_and_space d"]:
   """((x · gain + bias) - mean) / std as one multiply-add, shaded as drawn.
+
+  Gray images come out with three channels where the mean or std of three are not the same.
 
   Args:
     x: uint8 counts as 255ths; its leading axes together hold the N images.
@@ -116,7 +118,8 @@ def normalise(
   """
   channels = x.shape[-1]
   unit = 1 / 255 if x.dtype == jnp.uint8 else 1.0
-  mean, std = (jnp.asarray(values[:channels], jnp.float32) for values in (mean, std))
+  width = channels if len(set(mean)) == len(set(std)) == 1 else len(mean)
+  mean, std = (jnp.asarray(values[:width], jnp.float32) for values in (mean, std))
   gain, offset = unit / std, -mean / std
   if drawn is not None:
     leading = _leading(x.shape, len(drawn.gain))

@@ -106,6 +106,16 @@ def make_parser() -> Parser:
   add.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
   add.add_argument("--step", default="best", metavar="N|best|last")
 
+  add = command("import-weights", import_weights, "make published PyTorch weights of a backbone "
+                "ready for model.init_from")
+  add.add_argument("--model", required=True, metavar="NAME", help="the backbone, such as resnet50")
+  add.add_argument("--weights", required=True, metavar="FILE", help=".safetensors, or .pth, .pt, "
+                   ".bin, which PyTorch reads (as tensors alone)")
+  add.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+  add.add_argument("--mean", metavar="R,G,B", help="of the input that the weights were trained "
+                   "with, 0 to 1; as usual for the model by default")
+  add.add_argument("--std", metavar="R,G,B")
+
   add = command("prepare", prepare, "make a data set of a raw one")
   add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a "
                    "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv; aptos, "
@@ -188,6 +198,13 @@ def export(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   from medattn_jax import export
 
   export.run(flags.workdir, flags.out, flags.step)
+
+
+def import_weights(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  refuse(rest)
+  from medattn_jax import import_weights
+
+  import_weights.run(flags.model, flags.weights, flags.out, flags.mean, flags.std)
 
 
 def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:

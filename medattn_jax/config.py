@@ -61,6 +61,11 @@ def numbers(length: int | None = None) -> Rule:
 
 
 TEXT = Rule(lambda v: isinstance(v, str) and v != "" and "\0" not in v, "a text")
+FOLDER = Rule(
+    lambda v: isinstance(v, str) and "\0" not in v,
+    'a folder that `medattn import-weights` wrote, "" for none',
+)
+CROP_INIT = Rule(TEXT.accepts, "random, m_net or a folder that `medattn import-weights` wrote")
 SEED = whole(0, 2**32 - 1)  # JAX drops the higher bits of a seed without a word
 SWITCH = Rule(lambda v: isinstance(v, bool), "True or False")
 
@@ -138,7 +143,8 @@ ZOOM_IN_NET = {
         "neck_features": whole(1, 8192),
         "attention_features": whole(1, 8192),
         "attention_kernel": Rule(lambda v: _is_int(v) and v in (1, 3, 5), "1, 3 or 5"),
-        "crop_init": one_of("random", "m_net"),
+        "init_from": FOLDER,
+        "crop_init": CROP_INIT,
         "crop_size": whole(8),
         "num_regions": whole(1, 100),
         "mask_size": whole(1),
@@ -157,6 +163,7 @@ GLOBAL_ATTENTION = {
     "model": {
         "name": TEXT,
         "backbone": TEXT,
+        "init_from": FOLDER,
         "stem": one_of("full", "small"),
         "attend": TEXT,
         "num_classes": CLASSES,
@@ -186,13 +193,16 @@ GLOBAL_ATTENTION = {
 MODELS = {
     "zoom_in_net": ZOOM_IN_NET, "m_net": ZOOM_IN_NET, "global_attention": GLOBAL_ATTENTION}
 
+# Keys of MODELS that came when there were runs already: by these values those go on as they did.
+LATER = {"model.init_from": "", "data.frame": "whole"}
+
 
 def load_page(
     path: str, overrides: Sequence[tuple[str, str]] = ()
 ) -> ml_collections.ConfigDict:
   """Runs the page `path`, applies `overrides` ((dotted key, text) pairs) and checks it all.
 
-  A page may import those beside it.
+  A page may import those beside it, and those of the folder above.
 
   Raises:
     UserError: the page is missing, broken or without get_config(); a key is unknown (the nearest
@@ -230,28 +240,45 @@ def load_page(
 
 @contextlib.contextmanager
 def _siblings(folder: pathlib.Path) -> Iterator[None]:
-  """Pages of `folder` can be imported meanwhile; another folder's of the same name later."""
-  sys.path.insert(0, str(folder))
+  """Pages there and above can be imported meanwhile; others of the same names later."""
+  places = [folder, folder.parent]
+  sys.path[:0] = map(str, places)
   before = set(sys.modules)
   try:
     yield
   finally:
-    sys.path.remove(str(folder))
+    for place in places:
+      sys.path.remove(str(place))
     for name in set(sys.modules) - before:
-      if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+      if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent in places:
         del sys.modules[name]
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ml_collections.ConfigDict:
-  """The ConfigDict of a nested dict, checked. Raises UserError as `load_page`."""
+  """The ConfigDict of a stored nested dict, completed and checked.
+
+  Raises UserError as `load_page`.
+  """
   if not isinstance(values, Mapping):
     raise UserError(f"{source}: holds {type(values).__name__}, accepted: the keys of a config page")
   try:
-    config = ml_collections.ConfigDict(dict(values), sort_keys=False)
+    config = ml_collections.ConfigDict(completed(values), sort_keys=False)
   except Exception as error:
     raise UserError(f"{source}: is no config: {_one_line(error)}") from error
   check(config, source=source)
   return config
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A stored config with the keys that have come since, as LATER has them."""
+  values = dict(values)
+  model = values.get("model")
+  named = str(model.get("name")) if isinstance(model, Mapping) else ""
+  for key, value in LATER.items():
+    group, _, name = key.partition(".")
+    if name in MODELS.get(named, {}).get(group, {}) and isinstance(values.get(group), Mapping):
+      values[group] = {name: value, **values[group]}
+  return values
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def refuse_other_run(path: pathlib.Path, asked: dict, held: dict, step: int) -> 
   Free to change: where the data lies; how often is saved, validated and logged; the pages of
   phases that have not begun; the steps of a phase whose schedule does not depend on them.
   """
-  old, new = pages.flatten(held), pages.flatten(asked)
+  old, new = pages.flatten(pages.completed(held)), pages.flatten(asked)
   same_phases = held["phases"].keys() == asked["phases"].keys()
   free = free_keys(held, asked, step) if same_phases else FREE
   for key in sorted(old.keys() | new.keys()):

@@ -17,6 +17,7 @@ from medattn_jax import bank as banks
 from medattn_jax import initial, models, optim, processes, sharding
 from medattn_jax.bank import Bank
 from medattn_jax.errors import UserError, nearest
+from medattn_jax.models import weights
 from medattn_jax.step import State, make_eval_step, make_train_step
 
 STOPS = ("y_M", "y_A", "y_C", "G", "boxes")
@@ -84,10 +85,17 @@ class Experiment:
     )
 
   def initial(self) -> State:
-    """The state at step 0 of the run, at the mesh; abstract on a compile-only topology."""
+    """The state at step 0 of the run, at the mesh; abstract on a compile-only topology.
+
+    Raises UserError for weights to begin from (model.init_from) that are not what they should be.
+    """
     if self._compile_only:
       return self._abstract
     values = initial.evaluate(self._traced, jax.random.key(self.config.seed))
+    drawn = {"params": values.params, "batch_stats": values.batch_stats}
+    begun = weights.begin(self.config, drawn)
+    ema = None if values.ema is None else jax.tree.map(np.copy, begun["params"])
+    values = values.replace(ema=ema, **begun)
     return sharding.place(values, jax.tree.map(lambda x: x.sharding, self._abstract))
 
   @functools.cached_property

@@ -19,7 +19,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,6 +34,7 @@ from medattn_jax import config as pages
 from medattn_jax import console, doctor, files, sharding, trained
 from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
+from medattn_jax.models import weights as published
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS, PROGRAM = "model.safetensors", "model.stablehlo"
@@ -85,7 +85,7 @@ def run(workdir: str, out: str, step: str | int = "best") -> None:
   Raises:
     UserError: nothing was written.
   """
-  place = _check_out(out)
+  place = files.check_new_folder(out)
   model = trained.open_workdir(workdir, step, sharding.devices()[:1])
   bundle(model, place)
   size = sum(path.stat().st_size for path in place.iterdir())
@@ -286,24 +286,6 @@ def card(
   return "\n".join(lines)
 
 
-def _check_out(out: str) -> pathlib.Path:
-  """The folder to make. Raises UserError where it cannot be, before any work."""
-  accepted = "accepted: a new folder or an empty one"
-  if not out:
-    raise UserError(f"--out='': {accepted}")
-  place = pathlib.Path(os.path.abspath(out))
-  if place.is_symlink():
-    raise UserError(f"--out={out}: is a link; {accepted}")
-  files.check_folder(place)
-  if place.is_dir():
-    if os.listdir(place):
-      raise UserError(f"--out={out}: is not empty; {accepted}")
-    if place.samefile(os.curdir) or place.is_mount():
-      raise UserError(f"--out={out}: cannot be put in place while it is in use; {accepted}")
-    files.check_folder(place.parent)
-  return place
-
-
 def _example(model: trained.Trained) -> tuple[int, int, int, int]:
   """The shape of one example: both eyes of a patient in RGB, or one image."""
   data = model.config.data
@@ -357,12 +339,14 @@ def _measured(model: trained.Trained) -> dict[str, Any] | None:
 
 def _trained_on(config: Any) -> str:
   data = config.data
+  begun = ", ".join(f"`{_cell(pathlib.Path(folder).name)}`" for folder in published.folders(config))
+  begun = begun and f" It began with published weights, imported as {begun}."
   if data.name in datasets.DRAWN:
     drawn = data.synthetic
     return (f"`{_cell(data.name)}`: {drawn.train:,} examples drawn by a program (seed "
-            f"{drawn.seed}), no photographs. What it answers for real images means nothing.")
+            f"{drawn.seed}), no photographs. What it answers for real images means nothing.{begun}")
   return (f"The training split of the data set `{_cell(data.name)}`. What is in it, how it was "
-          "graded and what its licence asks of such a model, its owner has to say.")
+          f"graded and what its licence asks of such a model, its owner has to say.{begun}")
 
 
 def _figures(measured: Mapping[str, Any] | None) -> list[str]:

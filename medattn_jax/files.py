@@ -13,6 +13,38 @@ from collections.abc import Iterator, Mapping
 from medattn_jax.errors import UserError
 
 
+def check_folder(place: pathlib.Path) -> None:
+  """Raises UserError where a folder cannot be made or written to. Touches nothing."""
+  existing = place.absolute()
+  while not os.path.lexists(existing):
+    existing = existing.parent
+  if not existing.is_dir():
+    raise UserError(f"{place}: {existing} is a file; accepted: a folder to write to")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f"{place}: {existing} cannot be written to; accepted: a folder to write to")
+
+
+def check_new_folder(out: str) -> pathlib.Path:
+  """The folder that --out names, to be made by `placing`.
+
+  Raises UserError where it cannot be, before any work.
+  """
+  accepted = "accepted: a new folder or an empty one"
+  if not out:
+    raise UserError(f"--out='': {accepted}")
+  place = pathlib.Path(os.path.abspath(out))
+  if place.is_symlink():
+    raise UserError(f"--out={out}: is a link; {accepted}")
+  check_folder(place)
+  if place.is_dir():
+    if os.listdir(place):
+      raise UserError(f"--out={out}: is not empty; {accepted}")
+    if place.samefile(os.curdir) or place.is_mount():
+      raise UserError(f"--out={out}: cannot be put in place while it is in use; {accepted}")
+    check_folder(place.parent)
+  return place
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a path beside `path` to write to; renamed over `path` when the block ends well."""
@@ -88,17 +120,6 @@ def write_all(place: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
   place.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():
     write_bytes(place / name, content)
-
-
-def check_folder(place: pathlib.Path) -> None:
-  """Raises UserError where a folder cannot be made or written to. Touches nothing."""
-  existing = place.absolute()
-  while not os.path.lexists(existing):
-    existing = existing.parent
-  if not existing.is_dir():
-    raise UserError(f"{place}: {existing} is a file; accepted: a folder to write to")
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise UserError(f"{place}: {existing} cannot be written to; accepted: a folder to write to")
 
 
 def sha256(path: str | os.PathLike) -> str:

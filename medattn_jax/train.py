@@ -25,6 +25,7 @@ from medattn_jax.compiling import Compiling
 from medattn_jax.data import pipeline
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
+from medattn_jax.models import weights
 from medattn_jax.signals import Signals, Stopped
 from medattn_jax.step import State
 from medattn_jax.workdir import MetricsLog, Workdir
@@ -64,6 +65,8 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     processes.meet()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     continuation.refuse_strangers(directory, config, checkpoints)
+    if not checkpoints.any():
+      processes.same("weights to begin from", weights.check(config))
     keep_compiled(directory.path / "compilation_cache")
     dataset = evaluate.open_data(config, None)
     graded = check_splits(dataset, config.model.num_classes)

@@ -93,7 +93,8 @@ def open_workdir(
 
 def _agree(config: ml_collections.ConfigDict, meta: dict, where: pathlib.Path) -> None:
   """Raises UserError naming the first decisive key in which config.json is not the checkpoint's."""
-  here, there = (pages.flatten(values) for values in (pages.to_dict(config), meta["config"]))
+  both = pages.to_dict(config), pages.completed(meta["config"])
+  here, there = (pages.flatten(values) for values in both)
   for key in sorted(here.keys() | there.keys()):
     if key.startswith(_DECISIVE) and here.get(key) != there.get(key):
       raise UserError(

@@ -72,3 +72,16 @@ def test_normalising_shades_each_image_of_a_batch_of_pairs():
     for image, gain, bias in zip(
       images.reshape(6, 8, 8, 3), np.asarray(drawn.gain), np.asarray(drawn.bias), strict=True)])
   np.testing.assert_allclose(made.reshape(plain.shape), plain, atol=2e-5)
+
+
+def test_gray_is_normalised_for_each_of_three_channels_where_they_differ():
+  images = np.random.default_rng(0).integers(0, 256, (2, 1, 4, 4, 1), np.uint8)
+  mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  made = augment.normalise(jnp.array(images), None, mean, std, jnp.float32)
+  np.testing.assert_allclose(made, (images / 255 - mean) / std, atol=1e-5)
+  shaded = augment.draw(jax.random.key(1), jnp.arange(2), 4, **{**ALL, "colour": 0.0})
+  made = augment.normalise(jnp.array(images), shaded, mean, std, jnp.float32)
+  gain, bias = (np.asarray(x)[:, None, None, None] for x in (shaded.gain, shaded.bias))
+  np.testing.assert_allclose(made, (images / 255 * gain + bias - mean) / std, atol=2e-5)
+  alike = augment.normalise(jnp.array(images), None, (0.5,) * 3, (0.25,) * 3, jnp.float32)
+  assert alike.shape == images.shape

@@ -27,6 +27,8 @@ def medattn(*arguments):
         (["train", SMOKE, "--workdir=w", "--config.seeed=1"], "did you mean seed"),
         (["evaluate", "--workdir=w", "--limit=3"], "--limit=3"),
         (["explain", "--workdir=w", "--limit=x"], "--limit"),
+        (["import-weights", "--model=resnet50", "--out=w"], "--weights"),
+        (["import-weights", "--model=resnet5", "--weights=a.pth", "--out=w"], "mean resnet50?"),
         (["export", "--workdir=w"], "--out"),
         (["export", "--workdir=w", "--out=tests"], "not empty"),
         (["export", "--workdir=no/such/run", "--out=new"], "no/such/run: no such folder"),
@@ -44,7 +46,8 @@ def test_help_names_every_command_within_a_second():
   done = medattn("--help")
   seconds = time.monotonic() - start
   assert done.returncode == 0
-  for command in ("train", "evaluate", "explain", "predict", "export", "prepare", "doctor"):
+  for command in ("train", "evaluate", "explain", "predict", "export", "prepare", "doctor",
+                  "import-weights"):
     assert command in done.stdout
   assert "no medical device" in done.stdout
   assert seconds < 1

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from medattn_jax import config
+from medattn_jax import config, continuation, trained
 from medattn_jax.errors import UserError
 
-PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-SMOKE = str(PAGES[0].with_name("smoke.py"))
+PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").rglob("*.py"))
+SMOKE = str(pathlib.Path(__file__).parents[1] / "configs" / "smoke.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -140,3 +140,33 @@ def test_a_page_may_import_those_beside_it(tmp_path):
   with pytest.raises(UserError, match="cannot be run"):
     config.load_page(str(tmp_path / "second" / "broken.py"))
   assert str(tmp_path / "second") not in sys.path
+
+
+def test_a_stored_config_of_before_a_key_came_goes_on_as_it_did():
+  """Pages must have every key; what runs stored is completed."""
+  values = config.to_dict(config.load_page(SMOKE))
+  del values["model"]["init_from"]
+  assert config.from_dict(values).model.init_from == ""
+  assert "init_from" not in values["model"]
+  new = config.to_dict(config.load_page(SMOKE))
+  continuation.refuse_other_run(pathlib.Path("w"), new, values, 4)
+  trained._agree(config.from_dict(values), {"config": new}, pathlib.Path("w"))
+  trained._agree(config.from_dict(new), {"config": values}, pathlib.Path("w"))
+  new["model"]["init_from"] = "weights"
+  with pytest.raises(UserError, match=r"model.init_from = '', not 'weights'"):
+    continuation.refuse_other_run(pathlib.Path("w"), new, values, 4)
+  aligned = config.to_dict(config.load_page(SMOKE.replace("smoke", "planted_region")))
+  del aligned["data"]["frame"]
+  assert config.from_dict(aligned).data.frame == "whole"
+  assert "frame" not in config.completed(values)["data"]
+  for damaged in ({}, {"model": 3}, {"model": {"name": []}}, {"model": {}, "data": 1}):
+    with pytest.raises(UserError):
+      config.from_dict(damaged)
+
+
+def test_a_page_without_a_new_key_is_no_page(tmp_path):
+  page = tmp_path / "page.py"
+  text = pathlib.Path(SMOKE).read_text()
+  page.write_text(text.replace('  config.model.init_from = ""\n', ""))
+  with pytest.raises(UserError, match=r"key model.init_from is missing"):
+    config.load_page(str(page))

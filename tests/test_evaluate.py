@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import pathlib
 import shutil
 import types
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from medattn_jax import evaluate, experiment, files, metrics
+from medattn_jax import evaluate, experiment, metrics
 from medattn_jax.errors import UserError
 
 
@@ -171,16 +170,6 @@ def test_split_is_test_or_validation_or_refused_by_name(capsys):
     evaluate.choose_split(dataset(train=3, validation=2), "tests")
   with pytest.raises(UserError, match=r"neither.*train \(3\)"):
     evaluate.choose_split(dataset(train=3), None)
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
-  (tmp_path / "file").write_text("mine")
-  for place in ("file", "file/below"):
-    with pytest.raises(UserError, match="is a file"):
-      files.check_folder(tmp_path / place)
-  files.check_folder(tmp_path / "new" / "below")
-  assert [path.name for path in tmp_path.iterdir()] == ["file"]
-  assert pathlib.Path(tmp_path / "file").read_text() == "mine"
 
 
 FILES = {"metrics.json", "predictions.csv", "confusion_matrix.png", "roc.png", "reliability.png",

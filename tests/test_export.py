@@ -492,3 +492,11 @@ def test_whole_or_not_there(attending, tmp_path, monkeypatch):
     export.bundle(model, tmp_path / "empty")
   assert [p.name for p in tmp_path.iterdir()] == ["empty"]
   assert {p.name for p in (tmp_path / "empty").iterdir()} > FILES
+
+
+def test_the_card_says_what_the_training_began_with(smoke_config):
+  page = smoke_config.copy_and_resolve_references()
+  assert "began" not in export._trained_on(page)
+  page.model.init_from, page.model.crop_init = "weights/irv2|<b>", "weights/inception_v3/"
+  assert export._trained_on(page).endswith(
+    "It began with published weights, imported as `irv2b`, `inception_v3`.")

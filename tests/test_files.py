@@ -9,6 +9,7 @@ import os
 import pytest
 
 from medattn_jax import files, manifest
+from medattn_jax.errors import UserError
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -110,3 +111,13 @@ def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
   (folder / "manifest.json").write_bytes(sealed)
   with pytest.raises(manifest.Broken, match=r"\.\./outside is missing"):
     manifest.check(folder)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+  (tmp_path / "file").write_text("mine")
+  for place in ("file", "file/below"):
+    with pytest.raises(UserError, match="is a file"):
+      files.check_folder(tmp_path / place)
+  files.check_folder(tmp_path / "new" / "below")
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  assert (tmp_path / "file").read_text() == "mine"

@@ -49,7 +49,8 @@ class GlobalAttention(nn.Module):
     """Answers each image.
 
     Args:
-      image: c is 1 (gray) or 3; the backbone is given three channels.
+      image: c is 1 (gray) or 3; the backbone is given three channels, each with its own mean and
+        std.
       drawn: the augmentation of the P·E images: shaded before the map, moved after it, since the
         map lives in image coordinates.
       phase: "joint" or "frozen": the step's affair, the answer is the same.

@@ -207,9 +207,9 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
   Args:
     variables: {"params", "batch_stats"}; not changed.
     crop_init: "m_net": of the two backbones' layers those of equal name and shapes; or "random"
-      to leave all as it is.
+      to leave all as it is, as is any folder of weights, with which C-Net began already.
   """
-  if phase != "c" or crop_init == "random":
+  if phase != "c" or crop_init != "m_net":
     return variables
   handed = {}
   for kind, branches in variables.items():

@@ -1,7 +1,7 @@
-"""Global spatial attention before ResNet-18 at 224 pixels, on aligned images (papers.md §2).
+"""Global spatial attention before ResNet-50 at 224 pixels, on aligned images (papers.md §2).
 
 Command:   medattn prepare --source=npz --input=pneumoniamnist_224.npz --data-dir=data/chest_224
-           medattn train --config=configs/attention_resnet18.py --workdir=runs/resnet18
+           medattn train --config=configs/paper/attention_resnet50.py --workdir=runs/resnet50
            Without attention: the same with --config.attention.source=none.
 Hardware:  a GPU or TPU host; more devices with a batch that divides over them.
 Time:      not yet run.
@@ -36,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "global_attention"
-  config.model.backbone = "resnet18"
+  config.model.backbone = "resnet50"
+  config.model.init_from = ""
   config.model.stem = "full"
   config.model.attend = "input"
   config.model.num_classes = 2
