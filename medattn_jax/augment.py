@@ -11,8 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
+# Whether rows are flipped, columns are, and then both are exchanged. The first changes nothing.
+VIEWS = np.array([(rows, columns, transpose) for transpose in (False, True)
+                  for rows in (False, True) for columns in (False, True)])
 
 class Draw(NamedTuple):
   """What chance decides for each image: N images. None: nothing of this kind is asked for."""
@@ -21,7 +25,7 @@ class Draw(NamedTuple):
   offset: Int[Array, "n 2"] | None  # rows and columns by which it is moved
   gain: Float[Array, "n 3"]  # photometric: value = image / 255 * gain + bias, per channel
   bias: Float[Array, "n 3"]
-  chance: Key[Array, " n"]  # of what else a model draws for the image (dropout)
+  chance: Key[Array, " n"] | None  # of what else a model draws for the image (dropout)
 
 
 def draw(
@@ -61,6 +65,11 @@ def draw(
     return Draw(flips, offset, gain, 0.5 * (1 - gain.mean()) + level + jnp.zeros(3), chance)
 
   return jax.vmap(one)(examples)
+
+
+def turned(flips: Bool[Array, "n 3"]) -> Draw:
+  """What turns N images as said (see VIEWS) and shades none."""
+  return Draw(flips, None, jnp.ones((len(flips), 3)), jnp.zeros((len(flips), 3)), None)
 
 
 def move(images: Num[Array, "n s s c"], drawn: Draw | None) -> Num[Array, "n s s c"]:

@@ -7,7 +7,7 @@ round trip to the host (papers.md §1, "Selecting suspicious regions").
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ COORDS = ("resize", "receptive_field")
 _FIELD_START, _FIELD_STRIDE = 37, 32
 # Outputs to a block of the banded product: a matrix unit's width, and most zeros left out.
 _BLOCK = 128
+
+
+class Responses(NamedTuple):
+  """The strongest responses of gated attention maps: of B images `num` each, strongest first."""
+
+  centres: Int32[Array, "b num 2"]  # row, column in the image_size frame
+  levels: Int32[Array, "b num"]  # whose map responded
+  strengths: Float[Array, "b num"]  # float32; -inf where the masks of the stronger left nothing
 
 
 @functools.lru_cache(maxsize=32)
@@ -127,6 +135,14 @@ def select_regions(
   Raises:
     UserError: an unknown mask_scope or coords; fewer than two levels; cells outside the image.
   """
+  return responses(gated, image_size, mask_size, num, mask_scope, coords).centres
+
+
+def responses(
+  gated: Float[Array, "b h w levels"], image_size: int, mask_size: int, num: int,
+  mask_scope: str = "level", coords: str = "resize",
+) -> Responses:
+  """What `select_regions` takes, and why: each centre's level and strength."""
   if mask_scope not in MASK_SCOPES:
     raise UserError(f"model.mask_scope={mask_scope!r}: one of {', '.join(MASK_SCOPES)}")
   if coords not in COORDS:
@@ -148,12 +164,12 @@ def select_regions(
         f"model.coords=receptive_field: {height}×{width} cells reach pixel "
         f"{max(row_at[-1], column_at[-1])} of {image_size}; use coords=resize")
   row_at, column_at = jnp.asarray(row_at, jnp.int32), jnp.asarray(column_at, jnp.int32)
-  return jax.vmap(
-    lambda one: _greedy(one, row_at, column_at, mask_size, num, mask_scope == "all"))(maps)
+  return Responses(*jax.vmap(
+    lambda one: _greedy(one, row_at, column_at, mask_size, num, mask_scope == "all"))(maps))
 
 
 def _greedy(maps, row_at, column_at, mask_size, num, mask_all):
-  """maps [levels, rows, columns] → the centres [num, 2] of one image's strongest responses."""
+  """maps [levels, rows, columns] → centres, levels, strengths of one image's `num` strongest."""
   levels, rows, _ = maps.shape
 
   def take(maps, _):
@@ -167,9 +183,32 @@ def _greedy(maps, row_at, column_at, mask_size, num, mask_all):
     in_columns = (column_at >= first[1]) & (column_at < first[1] + mask_size)
     in_levels = mask_all | (jnp.arange(levels) == level)
     masked = in_levels[:, None, None] & in_rows[:, None] & in_columns
-    return jnp.where(masked, -jnp.inf, maps), centre
+    found = (centre, level + 1, maps[level, row, column])
+    return jnp.where(masked, -jnp.inf, maps), found
 
   return jax.lax.scan(take, maps, length=num)[1]
+
+
+def cell_edges(cells: int, image_size: int, full_size: int, coords: str) -> np.ndarray:
+  """Where the cells of a map begin and end along an axis of the full image: float64 [cells + 1].
+
+  By plain resize they share the image out; a cell of coords="receptive_field" reaches half way to
+  its neighbours' centres.
+  """
+  place = np.arange(cells + 1)
+  if coords == "resize":
+    return place * full_size / cells
+  first = _FIELD_START + 0.5 - _FIELD_STRIDE / 2  # the middle of pixel 37, less half a stride
+  return (first + _FIELD_STRIDE * place) * full_size / image_size
+
+
+def cells_of(
+  centres: Int32[Array, "*batch 2"], cells: tuple[int, int], image_size: int, coords: str,
+) -> Int32[Array, "*batch 2"]:
+  """The cells (row, column), of a grid of `cells`, in which the centres of regions lie."""
+  if coords == "resize":
+    return centres * np.asarray(cells, np.int32) // image_size
+  return (centres - _FIELD_START) // _FIELD_STRIDE
 
 
 def corners(

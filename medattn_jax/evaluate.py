@@ -29,7 +29,8 @@ Table = dict[str, Any]
 
 
 def collect(
-  now: experiment.Experiment, variables: Any, batches: Iterable[Mapping[str, np.ndarray]]
+  now: experiment.Experiment, variables: Any, batches: Iterable[Mapping[str, np.ndarray]],
+  wanted: Sequence[str] = ANSWERS, step: Callable[..., dict[str, jax.Array]] | None = None,
 ) -> Table:
   """Answers for every photograph that counts, once each, on any number of devices.
 
@@ -37,11 +38,14 @@ def collect(
     now: the experiment that answers.
     variables: {"params", "batch_stats"}.
     batches: of pipeline.eval_batches; padding has mask 0.
+    wanted: which of the answers, the logits among them; those that there are not are left out.
+    step: another eval step than the experiment's own (experiment.predictions).
 
   Returns:
-    Columns of one row a photograph: image, patient, eye (object), level int32, logits and those of
-    y_M, y_A, y_C that the phase has (float32 [n, C]); boxes int32 [n, N, 4] where there are
-    regions; true_boxes, a list of float32 [k, 4]. Regions and lesions are in the full_size frame.
+    Columns of one row a photograph: image, patient, eye (object), level int32, and what is wanted,
+    [n, …]: logits and those of y_M, y_A, y_C that the phase has (float32 [n, C]), boxes int32
+    [n, N, 4] where there are regions; true_boxes, a list of float32 [k, 4], and their true_types,
+    of int32 [k]. Regions and lesions are in the full_size frame.
 
   Raises:
     UserError: the model answers what is no number.
@@ -49,7 +53,8 @@ def collect(
   columns: dict[str, list] = {}
   add = lambda name, rows: columns.setdefault(name, []).append(rows)
   true_boxes: list[np.ndarray] = []
-  for batch, out in experiment.predictions(now, variables, batches, ANSWERS):
+  true_types: list[np.ndarray] = []
+  for batch, out in experiment.predictions(now, variables, batches, wanted, step):
     counts = batch["mask"] > 0
     add("image", batch["image_id"][counts])
     add("patient", np.repeat(batch["patient"][:, None], counts.shape[1], axis=1)[counts])
@@ -59,11 +64,12 @@ def collect(
       add(name, out[name][counts])
     kinds, boxes = batch["box_type"][counts], batch["boxes"][counts]
     true_boxes += [own[kind >= 0] for own, kind in zip(boxes, kinds, strict=True)]
+    true_types += [kind[kind >= 0] for kind in kinds]
     if not np.isfinite(out["logits"][counts]).all():
       raise UserError(f"{batch['image_id'][counts][0]} and others: the model's answers are not "
                       "finite numbers; accepted: a checkpoint of a training that did not diverge")
   table = {name: np.concatenate(rows) for name, rows in columns.items()}
-  return table | {"true_boxes": true_boxes}
+  return table | {"true_boxes": true_boxes, "true_types": true_types}
 
 
 def validate(
@@ -95,15 +101,21 @@ def validate(
 
 def graded(
   now: experiment.Experiment, variables: Any, dataset: Any, split: str,
-  config: ml_collections.ConfigDict, between: Callable[[], None] = lambda: None,
+  config: ml_collections.ConfigDict, between: Callable[[], None] = lambda: None, *,
+  wanted: Sequence[str] = ANSWERS, step: Callable[..., dict[str, jax.Array]] | None = None,
+  at_most: int | None = None, examples: np.ndarray | None = None,
 ) -> Table:
-  """`collect` over a split of a data set. Raises UserError: empty, or levels the model has not."""
+  """`collect` over a split of a data set. Raises UserError: empty, or levels the model has not.
+
+  `between` is called before each batch; `wanted` and `step` are of `collect`, `at_most` and
+  `examples` of `batches_of`.
+  """
   def batches() -> Iterator[Mapping[str, np.ndarray]]:
-    for batch in batches_of(dataset, split, config):
+    for batch in batches_of(dataset, split, config, at_most, examples):
       between()
       yield batch
 
-  table = collect(now, variables, batches())
+  table = collect(now, variables, batches(), wanted, step)
   if not len(table.get("level", ())):
     raise UserError(f"data set {dataset.name}: split {split} has no photographs; "
                     f"there are {_splits(dataset)}")
@@ -116,11 +128,13 @@ def graded(
 
 
 def batches_of(
-  dataset: Any, split: str, config: ml_collections.ConfigDict, at_most: int | None = None
+  dataset: Any, split: str, config: ml_collections.ConfigDict, at_most: int | None = None,
+  examples: np.ndarray | None = None,
 ) -> Iterator[Mapping[str, np.ndarray]]:
   """The batches of an evaluation: every patient of the split once.
 
-  `at_most`: patients of a batch, where fewer than the config's are wanted.
+  `at_most`: patients of a batch, where fewer than the config's are wanted; `examples`: the numbers
+  of those wanted, all by default.
   """
   from medattn_jax.data import pipeline  # imports TensorFlow
 
@@ -130,7 +144,7 @@ def batches_of(
   return pipeline.eval_batches(
     dataset, split, batch_size=size, full_size=config.data.full_size,
     process_index=jax.process_index(), process_count=count,
-    **experiment.layout(config))
+    examples=examples, **experiment.layout(config))
 
 
 def open_data(config: ml_collections.ConfigDict, data: str | None) -> Any:
@@ -337,8 +351,13 @@ def lesion_recall(
 
 
 def predictions_csv(table: Table, thresholds: Sequence[float]) -> str:
-  """image,patient,eye,level,grade,score,p0,…: numbers as short as they read back exactly."""
-  probabilities = metrics.probabilities_of(table["logits"])
+  """image,patient,eye,level,grade,score,p0,…: numbers as short as they read back exactly.
+
+  Of the table's probabilities where it has them, of its logits else.
+  """
+  probabilities = table.get("probabilities")
+  if probabilities is None:
+    probabilities = metrics.probabilities_of(table["logits"])
   score = metrics.expected_grade(probabilities)
   grade = metrics.grades(probabilities, thresholds)
   text = io.StringIO()

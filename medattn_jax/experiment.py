@@ -29,7 +29,7 @@ class Experiment:
   Attributes:
     config, phase: what was built; `page` is the phase's own part of the config.
     mesh: a sharding.mesh over the devices.
-    model: the linen module.
+    model: the linen module; `apply` is its own, bound to the phase.
     begins: the run's step at which the phase begins; `ends` the one before which it ends.
     images: of one update, over all devices; both eyes of a pair count.
     bank: of a global attention, where one is at hand.
@@ -62,15 +62,15 @@ class Experiment:
       own = {self.common.branch: config.attention.learning_rate}
       self.optimizer = optim.apart(self.optimizer, own)
     self.learning_rate = optim.schedule(self.page)
-    self._apply = functools.partial(self.model.apply, phase=phase)
-    self.eval_step = make_eval_step(self._apply, self.mesh, STOPS)
+    self.apply = functools.partial(self.model.apply, phase=phase)
+    self.eval_step = make_eval_step(self.apply, self.mesh, STOPS)
 
   @functools.cached_property
   def train_step(self) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """(state, batch) → (state, metrics), see step.make_train_step."""
     config = self.config
     return make_train_step(
-        self._apply,
+        self.apply,
         self.optimizer,
         self.mesh,
         state=self._abstract,
@@ -381,13 +381,17 @@ def predictions(
     variables: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
     wanted: Sequence[str] = ("logits", *STOPS),
+    step: Callable[..., dict[str, jax.Array]] | None = None,
 ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]]:
   """Yields (batch, the answers that are wanted), padded rows included.
 
   Both are over all processes' patients, in the order of one process alone; the images stay where
   they are. A batch is padded here to a multiple of the devices and cut again. The next batch is
   dispatched before the last one's answers are read, so the devices do not wait for the host.
+
+  `step`: another of step.make_eval_step than the experiment's own.
   """
+  step = step or experiment.eval_step
   local = len(experiment.mesh.local_devices)
   waiting = None
   for batch in batches:
@@ -395,7 +399,7 @@ def predictions(
     image = batch["image"]
     if rows % local:
       image = np.concatenate([image, np.zeros_like(image[:1]).repeat(-rows % local, axis=0)])
-    answers = experiment.eval_step(variables, experiment.put_eval({"image": image}))
+    answers = step(variables, experiment.put_eval({"image": image}))
     if waiting is not None:
       yield _collect(*waiting)
     answers = {name: answers[name] for name in wanted if name in answers}

@@ -60,10 +60,7 @@ def run(
   if model.config.model.name == "global_attention":
     explain_map.write(model, place, data, split, limit)
     return
-  if "a_net" not in model.variables["params"] or model.phase == "m":
-    raise UserError(f"{workdir}: step {model.step} (model.name = {model.config.model.name}, phase "
-                    f"{model.phase}) chooses no regions; accepted: a zoom_in_net past its phase "
-                    "m, or a global_attention")
+  check_regions(model, "a zoom_in_net past its phase m, or a global_attention")
   dataset = evaluate.open_data(model.config, data)
   split = evaluate.choose_split(dataset, split)
   if model.thresholds_from == trained.ROUNDING:
@@ -86,49 +83,33 @@ def run(
   print(f"{len(taken)} photographs explained in {place}, their regions in {place / 'boxes.csv'}")
 
 
+def check_regions(model: trained.Trained, accepted: str = "a zoom_in_net past its phase m") -> None:
+  """Raises UserError where a model chooses no regions."""
+  if "a_net" not in model.variables["params"] or model.phase == "m":
+    raise UserError(f"{model.workdir}: step {model.step} (model.name = {model.config.model.name}, "
+                    f"phase {model.phase}) chooses no regions; accepted: {accepted}")
+
+
 def regions_of(
   gated: np.ndarray, boxes: np.ndarray, config: ml_collections.ConfigDict
 ) -> list[Region]:
-  """Why each region was chosen: the selection (crops.select_regions) followed for one photograph.
+  """Why each region of one photograph was chosen: the selection followed.
 
   Args:
     gated: float [h, w, C]; the gated attention maps.
     boxes: int [N, 4]; the regions as the model gave them, strongest first.
     config: of the model.
   """
-  size, mask = config.data.image_size, config.model.mask_size
-  centres = np.asarray(crops.select_regions(
-    jnp.asarray(gated)[None], size, mask, len(boxes), config.model.mask_scope,
-    config.model.coords)[0])
-  regions, chosen = [], []
-  for box, centre in zip(boxes, centres, strict=True):
-    response = _response(np.asarray(gated, np.float32), centre, size, config.model.coords)
-    response[0] = -np.inf  # level 0 is never chosen
-    for level, earlier in chosen:
-      first = earlier - mask // 2
-      if ((first <= centre) & (centre < first + mask)).all():
-        response[slice(None) if config.model.mask_scope == "all" else level] = -np.inf
-    level = int(response.argmax())
-    if np.isfinite(response[level]):
-      chosen.append((level, centre))
-      regions.append(Region(tuple(map(int, box)), level, float(response[level])))
-    else:
-      regions.append(Region(tuple(map(int, box)), None, None))
+  found = crops.responses(
+    jnp.asarray(gated)[None], config.data.image_size, config.model.mask_size, len(boxes),
+    config.model.mask_scope, config.model.coords)
+  regions = []
+  for box, level, strength in zip(
+      boxes, np.asarray(found.levels[0]), np.asarray(found.strengths[0]), strict=True):
+    there = bool(np.isfinite(strength))
+    why = (int(level), float(strength)) if there else (None, None)
+    regions.append(Region(tuple(map(int, box)), *why))
   return regions
-
-
-def _response(gated: np.ndarray, centre: np.ndarray, size: int, coords: str) -> np.ndarray:
-  """float64 [C]: the maps at a pixel of the image_size frame."""
-  cells = np.array(gated.shape[:2])
-  if coords == "receptive_field":
-    row, column = (centre - 37) // 32  # cell i is at pixel 37 + 32 i
-    return gated[row, column].astype(np.float64)
-  position = np.clip((centre + 0.5) * cells / size - 0.5, 0, cells - 1)
-  low = np.minimum(position.astype(int), np.maximum(cells - 2, 0))
-  high, (down, along) = np.minimum(low + 1, cells - 1), position - low
-  top, bottom = (
-    gated[row, low[1]] * (1 - along) + gated[row, high[1]] * along for row in (low[0], high[0]))
-  return (top * (1 - down) + bottom * down).astype(np.float64)
 
 
 def _rows(

@@ -126,6 +126,37 @@ def test_receptive_field_masks_the_cells_whose_centres_it_covers():
   np.testing.assert_array_equal(found, [(37 + 32 * 5, 37 + 32 * 5), (37, 37)])
 
 
+def test_responses_say_whose_map_and_how_strong():
+  maps = np.zeros((1, 14, 14, 5), np.float32)
+  maps[0, 3, 3, 2], maps[0, 10, 10, 4], maps[0, ..., 0] = 5, 3, 99
+  found = crops.responses(maps, 140, 40, 4, "all")
+  assert found.levels[0, :2].tolist() == [2, 4]
+  grown = whole_number_resize(maps[0, ..., 2].astype(int), 140) / 280**2
+  assert found.strengths[0, 0] == pytest.approx(grown.max(), rel=1e-6)
+  np.testing.assert_array_equal(found.centres, crops.select_regions(maps, 140, 40, 4, "all"))
+  # Four windows over a whole image leave nothing to the fifth.
+  all_taken = crops.responses(maps[:, :2, :2], 32, 31, 8, "all").strengths[0]
+  assert np.isfinite(all_taken[0]) and np.isneginf(all_taken[-1])
+
+
+@pytest.mark.parametrize("coords", crops.COORDS)
+def test_a_centre_lies_in_its_cell(coords):
+  """Planted peaks of a few cells: each is found in the cell it was planted in."""
+  edges = crops.cell_edges(14, 492, 1230, coords)
+  assert (np.diff(edges) > 0).all() and len(edges) == 15
+  for row, column in ((0, 13), (6, 7), (13, 2)):
+    maps = np.zeros((1, 14, 14, 5), np.float32)
+    maps[0, row, column, 1] = 1
+    centre = crops.select_regions(maps, 492, 40, 1, "level", coords)[0, 0]
+    assert crops.cells_of(centre, (14, 14), 492, coords).tolist() == [row, column]
+    middle = (np.asarray(centre) + 0.5) * 2.5
+    assert (edges[[row, column]] <= middle).all() and (middle < edges[[row + 1, column + 1]]).all()
+  if coords == "resize":
+    assert edges[0] == 0 and edges[-1] == 1230
+  else:  # as far to one side of a cell's centre as to the other
+    np.testing.assert_allclose((edges[1:] + edges[:-1]) / 2, (37.5 + 32 * np.arange(14)) * 2.5)
+
+
 @pytest.mark.parametrize("options, word", [
   ({"mask_scope": "both"}, "mask_scope"), ({"coords": "pixels"}, "coords"),
   ({"coords": "receptive_field", "image_size": 160}, "receptive_field")])

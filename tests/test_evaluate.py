@@ -140,7 +140,7 @@ def answer(value=0.0):
 
 def test_collect_takes_what_counts_once(monkeypatch):
   monkeypatch.setattr(
-    experiment, "predictions", lambda now, variables, given, _: ((b, answer()) for b in given))
+    experiment, "predictions", lambda now, variables, given, *_: ((b, answer()) for b in given))
   table = evaluate.collect(None, None, batches())
   assert table["image"].tolist() == ["a", "b", "c"]
   assert table["patient"].tolist() == ["p0", "p0", "q0"]
@@ -153,7 +153,7 @@ def test_collect_takes_what_counts_once(monkeypatch):
 def test_collect_refuses_answers_that_are_no_numbers(monkeypatch):
   monkeypatch.setattr(
     experiment, "predictions",
-    lambda now, variables, given, stops: ((b, answer(np.nan)) for b in given))
+    lambda now, variables, given, *_: ((b, answer(np.nan)) for b in given))
   with pytest.raises(UserError, match="not finite"):
     evaluate.collect(None, None, batches())
 

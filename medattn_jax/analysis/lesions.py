@@ -83,11 +83,21 @@ def best_boxes(
 ) -> np.ndarray:
   """int64 [n, 4]: n squares of `size` inside the image that find as many lesions as can be had.
 
-  Maximum coverage is NP-hard, so this is a lower estimate of the best possible: the greedy choice
-  (which finds at least 1 - 1/e of the best), then each square in turn taken back and placed anew
-  while that finds more. Candidate corners are a grid of at most 48 by 48 places and the places
-  centred on, or just holding, each lesion. An image of 200 lesions takes tens of
-  milliseconds.
+  See `best_sequence`, whose last it is.
+  """
+  return best_sequence(true, n, size, full_size, threshold)[-1]
+
+
+def best_sequence(
+  true: np.ndarray, n: int, size: int, full_size: int, threshold: float = 0.3
+) -> list[np.ndarray]:
+  """For 1, 2, … n squares of `size` inside the image: those that find most. int64 [i, 4] each.
+
+  Maximum coverage is NP-hard, so this is a lower estimate of the best possible: to the squares of
+  one fewer the one that finds most of the rest (at least 1 - 1/e of the best, as greed alone), then
+  each square in turn taken back and placed anew while that finds more. None finds fewer than the
+  one before. Candidate corners are a grid of at most 48 by 48 places and the places centred on, or
+  just holding, each lesion. An image of 200 lesions takes tens of milliseconds for four squares.
   """
   size = min(size, full_size)
   last = full_size - size
@@ -117,18 +127,20 @@ def best_boxes(
 
   covers32 = covers.astype(np.float32)
   chosen: list[int] = []
+  sequence = []
   for _ in range(n):
-    chosen.append(next_best(chosen))
-  found, improved = int(covers[chosen].any(axis=0).sum()), True
-  while improved and found < len(true):
-    improved = False
-    for which in range(n):
-      trial = [*chosen[:which], *chosen[which + 1 :]]
-      trial.append(next_best(trial))
-      now = int(covers[trial].any(axis=0).sum())
-      if now > found:
-        chosen, found, improved = trial, now, True
-  return np.concatenate([corners[chosen], corners[chosen] + size], axis=1).astype(np.int64)
+    chosen = [*chosen, next_best(chosen)]
+    found, improved = int(covers[chosen].any(axis=0).sum()), True
+    while improved and found < len(true):
+      improved = False
+      for which in range(len(chosen)):
+        trial = [*chosen[:which], *chosen[which + 1 :]]
+        trial.append(next_best(trial))
+        now = int(covers[trial].any(axis=0).sum())
+        if now > found:
+          chosen, found, improved = trial, now, True
+    sequence.append(np.concatenate([corners[chosen], corners[chosen] + size], 1).astype(np.int64))
+  return sequence
 
 
 def best_recall(

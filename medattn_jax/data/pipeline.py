@@ -85,6 +85,7 @@ def eval_batches(
   channels: int = 3,
   process_index: int = 0,
   process_count: int = 1,
+  examples: np.ndarray | None = None,
   threads: int | None = None,
 ) -> Iterator[Batch]:
   """Every example (or photograph: `pairs`) once, in stored order; the last batch is padded.
@@ -93,13 +94,19 @@ def eval_batches(
     patient [b] str, image_id [b, E] str, eye [b, E] str (object arrays; "" where padded);
     boxes float32 [b, E, K, 4] in the full_size frame; box_type int32 [b, E, K], -1 where padded;
     K = dataset.max_boxes. Padding has mask 0 and patient "".
+
+  `examples`: int [n], the numbers of those wanted, in their order; all by default.
   """
   rows = _share(batch_size, process_index, process_count)
   count = len(dataset.levels(split) if pairs else dataset.photo_levels(split))
+  wanted = np.arange(count) if examples is None else np.asarray(examples, np.int64)
+  if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
+    raise IndexError(f"examples {wanted.min()} to {wanted.max()} of {count}")
+  filled = np.concatenate([wanted, np.full(-len(wanted) % batch_size, count)])
 
   def numbers() -> Iterator[np.ndarray]:
-    for first in range(0, count, batch_size):
-      yield np.arange(first + rows.start, first + rows.stop)
+    for first in range(0, len(filled), batch_size):
+      yield filled[first + rows.start : first + rows.stop]
 
   form = _Form(full_size, channels, pairs, evaluation=True)
   return _batches(dataset, split, numbers, len(rows), form, threads)

@@ -51,6 +51,30 @@ STUDIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "table": (
     "the paper's rows beside what workdirs reached, as Markdown",
     {"--workdir": _WORKDIRS, **_OUT}),
+  "coverage": (
+    "how many lesions lie in the regions, by number of boxes, beside chance and the best possible",
+    ONE_WORKDIR | {"--boxes": {
+      "type": int, "default": 16, "metavar": "N", "help": "up to how many; 16"}}),
+  "clusters": (
+    "what the network looks at, grouped by its own features, with a contact sheet of each group",
+    ONE_WORKDIR | {
+      "--top": {"type": int, "default": 4, "metavar": "N", "help": "places a photograph; 4"},
+      "--points": {"type": int, "default": 2000, "metavar": "N",
+                   "help": "places in all at most; 2000"},
+      "--preference": {"type": float, "default": 0.5, "metavar": "Q", "help":
+                       "quantile of the similarities, 0 to 1: the lower, the fewer groups; 0.5"},
+      "--damping": {"type": float, "default": 0.9, "metavar": "D", "help": "0.5 to below 1; 0.9"},
+    }),
+  "ensemble": (
+    "the mean probability of several runs, and what it gains over the single ones",
+    SEVERAL_RUNS | {"--tune": {
+      "metavar": "F.csv", "action": "append", "default": [],
+      "help": "the same on a validation split, one for each --predictions in their order"}}),
+  "tta": (
+    "the mean probability of a photograph's turned and flipped views, and what it gains over one",
+    ONE_WORKDIR | {"--views": {
+      "type": int, "metavar": "N", "help": "8 turned and flipped, 4 flipped, 2 mirrored; as the "
+      "run's training was augmented"}}),
 }
 
 

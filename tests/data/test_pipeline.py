@@ -131,6 +131,22 @@ def test_evaluation_meets_every_patient_once(dataset, make, batch_size):
                                     np.array([box["box"] for box in own]).reshape(-1, 4))
 
 
+def test_some_of_the_patients_in_any_order(dataset):
+  arguments = {"batch_size": 2, "full_size": SIZE}
+  whole = list(pipeline.eval_batches(dataset, "test", **arguments))
+  rows = {key: np.concatenate([batch[key] for batch in whole]) for key in whole[0]}
+  for wanted in ([4, 1, 3], [2, 2], []):
+    found = list(pipeline.eval_batches(dataset, "test", examples=wanted, **arguments))
+    assert len(found) == -(-len(wanted) // 2)
+    for step, batch in enumerate(found):
+      own = wanted[2 * step : 2 * step + 2]
+      same({key: value[: len(own)] for key, value in batch.items()},
+           {key: value[own] for key, value in rows.items()})
+      assert not batch["mask"][len(own) :].any()
+  with pytest.raises(IndexError, match="5 of 5"):
+    pipeline.eval_batches(dataset, "test", examples=[5], **arguments)
+
+
 def test_processes_share_evaluation(dataset):
   arguments = {"batch_size": 4, "full_size": SIZE}
   whole = list(pipeline.eval_batches(dataset, "test", **arguments))

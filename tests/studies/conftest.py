@@ -1,4 +1,4 @@
-"""Predictions of models that never were, as files."""
+"""Predictions of models that never were, as files; and one model, opened and compiled once."""
 
 import csv
 
@@ -38,3 +38,13 @@ def make_predictions(tmp_path_factory):
     return path
 
   return make
+
+
+@pytest.fixture(scope="session")
+def opened(untrained):
+  """The untrained workdir, opened on one device."""
+  import jax
+
+  from medattn_jax import trained
+
+  return trained.open_workdir(untrained, devices=jax.devices()[:1])
