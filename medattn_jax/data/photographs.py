@@ -2,7 +2,8 @@
 
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
 <key>.<checksum>.<checksum of the raw file>.<1 if enlarged>.jpg; the key stands for the raw file
-(place, size, time) and what it is to become.
+(place, size, time) and what it is to become. Where boxes were drawn on the photograph its frame
+stands before the .jpg: seven numbers, as preprocess.Frame has them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from PIL import Image
 
 from medattn_jax import console, files
-from medattn_jax.data import preprocess
+from medattn_jax.data import archives, preprocess
 from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
@@ -42,6 +43,8 @@ class Job:
   key: str
   full_size: int
   quality: int
+  entry: str = ""  # its name within `path`, where that is a zip archive
+  framed: bool = False  # where its pixels went is to be told
   there: str = ""  # the file an earlier run left
 
 
@@ -53,6 +56,7 @@ class Done:
   reason: str = ""
   source: str = ""  # checksum of the raw file
   enlarged: bool = False
+  frame: preprocess.Frame | None = None  # where it was asked for
 
 
 def jobs_of(
@@ -70,11 +74,12 @@ def jobs_of(
     except OSError as error:
       rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
       continue
-    identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
-    identity = json.dumps([*identity, full_size, quality]).encode()
-    key = hashlib.sha256(identity).hexdigest()[:32]
-    path, store = os.fspath(photograph.path), os.fspath(store)
-    jobs[photograph.image_id] = Job(path, store, key, full_size, quality)
+    path, entry, framed = os.fspath(photograph.path), photograph.entry, bool(photograph.boxes)
+    identity = [METHOD, path, status.st_size, status.st_mtime_ns, full_size, quality]
+    identity += [entry, framed] if entry or framed else []
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    job = Job(path, os.fspath(store), key, full_size, quality, entry, framed)
+    jobs[photograph.image_id] = job
   return jobs
 
 
@@ -160,13 +165,18 @@ def _photograph(job: Job) -> Done:
   """Prepares one photograph into the store, or takes the one that is there and intact."""
   store = pathlib.Path(job.store)
   if job.there:
-    _, written, source, enlarged, _ = job.there.split(".")
+    _, written, source, enlarged, *frame, _ = job.there.split(".")
     if checksum((store / job.there).read_bytes()) == written:
-      return Done(job.there, source=source, enlarged=enlarged == "1")
+      frame = preprocess.Frame(*map(int, frame[0].split("-"))) if frame else None
+      return Done(job.there, source=source, enlarged=enlarged == "1", frame=frame)
   try:
-    content = preprocess.read_bytes(job.path)
+    if job.entry:
+      content = archives.read(job.path, job.entry)
+    else:
+      content = preprocess.read_bytes(job.path)
     raw = preprocess.decode_photograph(content)
-    image = preprocess.prepare_photograph(raw, job.full_size)
+    edges = preprocess.field_of_view(raw)
+    image = preprocess.prepare_photograph(raw, job.full_size, edges)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
@@ -175,9 +185,13 @@ def _photograph(job: Job) -> Done:
   Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
   source = checksum(content)
   enlarged = max(raw.shape[:2]) < job.full_size
-  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}.jpg"
+  frame, told = None, ""
+  if job.framed:
+    frame = preprocess.Frame(preprocess.orientation(content), *raw.shape[:2], *edges)
+    told = "." + "-".join(map(str, dataclasses.astuple(frame)))
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}{told}.jpg"
   files.write_bytes(store / name, jpeg.getvalue())
-  return Done(name, source=source, enlarged=enlarged)
+  return Done(name, source=source, enlarged=enlarged, frame=frame)
 
 
 def checksum(content: bytes) -> str:

@@ -22,6 +22,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from medattn_jax import console, files
 from medattn_jax.data import datasets, photographs, pixels, schema
 from medattn_jax.data.sources import Arrays, Labelled, Photograph
@@ -31,6 +33,7 @@ SOURCES = datasets.PREPARED
 FULL_SIZE = 1230  # of photographs; pixels that are ready keep their size
 REJECTED = "rejected.csv"
 FILES = "photographs.json"  # within a set: the file names its photographs had while prepared
+READY = ("npz", "fer2013")  # the sources of pixels; all others are of photographs
 SIDES = ((16, 8000), (32, 8000))  # of pixels that are ready, and of photographs
 MAX_COLUMNS = 12  # of the table: with more classes each has a row
 
@@ -102,14 +105,14 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
   if source not in SOURCES:
     hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
-  if source == "csv" and not input_dir.is_dir():
+  if source not in READY and not input_dir.is_dir():
     raise UserError(f"--input={input_dir} is no folder")
   if not input_dir.exists():
     raise UserError(f"--input={input_dir} is neither a folder nor a file")
   if data_dir.exists() and not data_dir.is_dir():
     raise UserError(f"--data-dir={data_dir} is no folder")
   for flag, value, low, high in (
-    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source == "csv"]),
+    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source not in READY]),
     ("--workers", 1 if workers is None else workers, 1, 1024),
     ("quality", quality, 1, 100),
   ):
@@ -123,7 +126,7 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
   rejected = list(labelled.rejected)
   jobs = photographs.jobs_of(labelled.photographs, rejected, store, full_size, quality)
   identity = [source, photographs.METHOD, full_size, quality, seed, rejected, [
-    [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split]
+    [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split, *p.boxes]
     for p in labelled.photographs if p.image_id in jobs
   ]]
   identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -166,7 +169,8 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
     lambda directory: prepared.Prepared(
       source=source,
       full_size=full_size,
-      examples={s: lambda rows=rows: _read(rows, store) for s, rows in examples.items()},
+      examples={s: lambda rows=rows: _read(rows, store, full_size)
+                for s, rows in examples.items()},
       data_dir=directory,
     ),
     data_dir,
@@ -251,7 +255,7 @@ def _examples(kept) -> dict[str, list[list[tuple[Photograph, photographs.Done]]]
   return dict(examples)
 
 
-def _read(rows, store: pathlib.Path) -> Iterator[dict]:
+def _read(rows, store: pathlib.Path, full_size: int) -> Iterator[dict]:
   """The examples as schema.features wants them, their JPEGs checked once more."""
   for entries in rows:
     jpegs = [(store / result.name).read_bytes() for _, result in entries]
@@ -264,8 +268,22 @@ def _read(rows, store: pathlib.Path) -> Iterator[dict]:
       "image_ids": [photograph.image_id for photograph, _ in entries],
       "eyes": [photograph.eye for photograph, _ in entries],
       "levels": [photograph.level for photograph, _ in entries],
-      "boxes": [],
+      "boxes": [
+        {"eye": eye, "type": kind, "box": box}
+        for eye, entry in enumerate(entries) for kind, box in _boxes(*entry, full_size)
+      ],
     }
+
+
+def _boxes(
+  photograph: Photograph, result: photographs.Done, full_size: int
+) -> list[tuple[int, np.ndarray]]:
+  """(type, box float32 [4] in the stored photograph) of the lesions within its field of view."""
+  if not photograph.boxes:
+    return []
+  kinds = [kind for kind, *_ in photograph.boxes]
+  placed, inside = result.frame.place([box for _, *box in photograph.boxes], full_size)
+  return [(kind, box) for kind, box, there in zip(kinds, placed, inside, strict=True) if there]
 
 
 def _index(folder: pathlib.Path) -> dict | None:
@@ -300,6 +318,11 @@ def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size
   enlarged = sum(result.enlarged for _, result in kept)
   if enlarged:
     console.say(f"{enlarged} photographs are smaller than {full_size} pixels and were enlarged")
+  drawn = sum(len(photograph.boxes) for photograph, _ in kept)
+  lost = drawn - sum(len(_boxes(*entry, full_size)) for entry in kept)
+  if lost:
+    console.warn(f"{lost} of {drawn} lesions lie in the black border that is cut off and are left "
+                 "out")
   same = collections.defaultdict(list)
   for photograph, result in kept:
     same[result.source].append(photograph.image_id)

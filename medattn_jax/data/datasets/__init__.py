@@ -7,7 +7,10 @@ import pathlib
 from medattn_jax.data import schema
 from medattn_jax.errors import UserError, nearest
 
-PREPARED = ("csv", "npz", "fer2013")  # by `medattn prepare --source=NAME`
+PREPARED = (  # by `medattn prepare --source=NAME`
+  "csv", "npz", "fer2013",
+  "eyepacs", "messidor", "messidor2", "idrid",
+)  # fmt: skip
 # Made on first use: each a module of this package, with build(data_dir, *, size, **numbers).
 DRAWN = ("synthetic_fundus", "planted_region")
 NAMES = PREPARED + DRAWN
