@@ -107,7 +107,8 @@ def make_parser() -> Parser:
 
   add = command("prepare", prepare, "make a data set of a raw one")
   add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a "
-                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv")
+                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv; "
+                   "eyepacs, messidor, messidor2, idrid: as they are published")
   add.add_argument("--input", required=True, metavar="DIR", help="or the .npz, the fer2013.csv")
   add.add_argument("--data-dir", required=True, metavar="DIR")
   add.add_argument("--full-size", type=int, metavar="PIXELS",
