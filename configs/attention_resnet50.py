@@ -67,6 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.full_size = 224
   config.data.image_size = 224
   config.data.channels = 1
+  config.data.frame = "whole"
   config.data.batch_size = 128
   config.data.balanced = True
   config.data.synthetic = ml_collections.ConfigDict()

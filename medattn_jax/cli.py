@@ -113,6 +113,8 @@ def make_parser() -> Parser:
   add.add_argument("--data-dir", required=True, metavar="DIR")
   add.add_argument("--full-size", type=int, metavar="PIXELS",
                    help="of the stored photographs; 1230, and with npz and fer2013 their own")
+  add.add_argument("--frame", metavar="cropped|whole", help="cropped: each photograph by its own "
+                   "black border, for fundus photographs; whole: as it is, for aligned images")
   add.add_argument("--workers", type=int, metavar="N", help="processes; the cores by default")
   add.add_argument("--seed", type=int, default=0, metavar="N", help="of the split of the patients")
 
@@ -186,6 +188,7 @@ def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
       flags.input,
       flags.data_dir,
       full_size=flags.full_size,
+      frame=flags.frame,
       workers=flags.workers,
       seed=flags.seed,
   )

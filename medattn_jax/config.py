@@ -175,7 +175,10 @@ GLOBAL_ATTENTION = {
         "binarisation": number(0),
         "kept": whole(0, 1000),
     },
-    "data": {"channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3")},
+    "data": {
+        "channels": Rule(lambda v: _is_int(v) and v in (1, 3), "1 or 3"),
+        "frame": one_of("whole", "cropped"),
+    },
 }
 
 MODELS = {

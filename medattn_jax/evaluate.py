@@ -135,12 +135,24 @@ def batches_of(
 
 
 def open_data(config: ml_collections.ConfigDict, data: str | None) -> Any:
-  """The run's own data set, or another: a name or a folder."""
+  """The run's own data set, or another: a name or a folder.
+
+  Raises UserError: no such set, or one whose photographs are not in the model's frame.
+  """
   from medattn_jax.data import pipeline  # imports TensorFlow
 
-  return pipeline.open_dataset(
+  dataset = pipeline.open_dataset(
     config.data.name if data is None else data, config.data.dir,
     full_size=config.data.full_size, synthetic=config.data.synthetic.to_dict())
+  if dataset.frame not in (None, frame := experiment.frame(config)):
+    if config.model.name == "global_attention":
+      raise UserError(
+        f"data set {dataset.name} in {dataset.folder} has {dataset.frame} photographs where "
+        f"data.frame is {frame!r}; accepted: data.frame = {dataset.frame!r}, or the set made with "
+        f"`medattn prepare --frame={frame}`")
+    console.say(f"data set {dataset.name} has {dataset.frame} photographs; this model crops those "
+                "it is given to predict")
+  return dataset
 
 
 def choose_split(dataset: Any, split: str | None) -> str:

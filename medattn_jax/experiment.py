@@ -150,6 +150,13 @@ class Experiment:
     shapes = banks.abstract(source, self._rows, image[0], image[2], self.mesh)
     return self.train_step.lower(self._abstract, batch | self._shared_inputs(shapes))
 
+  def lower_eval_step(self) -> jax.stages.Lowered:
+    """The eval step lowered for this mesh and a batch of the config's evaluation."""
+    image = (self.config.evaluation.batch_size, *models.image_shape(self.config))
+    image = (math.ceil(image[0] / self.mesh.size) * self.mesh.size, *image[1:])
+    batch = jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding.batched(self.mesh))
+    return self.eval_step.lower(self.variables(self._abstract), batch)
+
   @property
   def _rows(self) -> int:
     """Rows of the pixel classifier's first layer: the bank's, or of a set as the page draws it."""
@@ -228,6 +235,11 @@ def layout(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What the pipeline is to know of the model: pairs of eyes or single images, of what channels."""
   each, *_, channels = models.image_shape(config)
   return {"pairs": each > 1, "channels": channels}
+
+
+def frame(config: ml_collections.ConfigDict) -> str:
+  """How photographs come into the model's frame: "cropped" one by one, or "whole", aligned."""
+  return config.data.frame if config.model.name == "global_attention" else "cropped"
 
 
 def answering(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Model:
     self._experiment = opened.experiment
     layout = experiment.layout(self.config)
     self._paired, self._channels = layout["pairs"], layout["channels"]
+    self._frame = experiment.frame(self.config)
 
   def predict(self, images: Any) -> Result:
     """Grades photographs.
@@ -80,7 +81,8 @@ class Model:
     array, is its own fellow, as in training where an eye is missing.
 
     A global attention, whose images share one frame: each image is by itself; one that is not
-    [full_size, full_size, data.channels] is made gray or RGB and resized as a whole, never cropped.
+    [full_size, full_size, data.channels] is made gray or RGB and resized as a whole, or, with
+    data.frame = "cropped", prepared as a fundus photograph is.
 
     Args:
       images: uint8 [N, H, W, 3] or a sequence of uint8 [H, W, 3] (for a global attention gray ones
@@ -114,8 +116,10 @@ class Model:
 
   def _prepared(self, photograph: np.ndarray) -> np.ndarray:
     """As the network takes it. Raises BadImage."""
-    if self._paired:
-      return preprocess.prepare_photograph(photograph, self._side)
+    if self._frame == "cropped":
+      height, width, *_ = photograph.shape
+      photograph = np.broadcast_to(photograph.reshape(height, width, -1), (height, width, 3))
+      photograph = preprocess.prepare_photograph(photograph, self._side)
     return preprocess.fit_aligned(photograph, self._side, self._channels)
 
   def _attention(self, gated: np.ndarray | None) -> np.ndarray | None:

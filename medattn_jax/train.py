@@ -6,7 +6,6 @@ bit-equal to one that was never stopped, on the same devices.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import itertools
 import math
@@ -22,6 +21,7 @@ import ml_collections
 from medattn_jax import config as pages
 from medattn_jax import console, continuation, evaluate, experiment, fill_bank, processes, sharding
 from medattn_jax.checkpoint import Checkpoints
+from medattn_jax.compiling import Compiling
 from medattn_jax.data import pipeline
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
@@ -39,6 +39,7 @@ class Run(NamedTuple):
   checkpoints: Checkpoints
   log: Log
   signals: Signals
+  compiling: Compiling
 
 
 def run(config: ml_collections.ConfigDict, path: str) -> None:
@@ -64,15 +65,13 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep)
     continuation.refuse_strangers(directory, config, checkpoints)
     keep_compiled(directory.path / "compilation_cache")
-    data = config.data
-    dataset = pipeline.open_dataset(
-        data.name, data.dir, full_size=data.full_size, synthetic=data.synthetic.to_dict()
-    )
+    dataset = evaluate.open_data(config, None)
     graded = check_splits(dataset, config.model.num_classes)
     fill_bank.check(config, dataset)
     evaluate.check_same(dataset)
     log = stack.enter_context(Log(directory.path, config))
-    work = Run(config, directory, dataset, checkpoints, log, signals)
+    compiling = stack.enter_context(Compiling())
+    work = Run(config, directory, dataset, checkpoints, log, signals, compiling)
     try:
       begun = resume(work)
       processes.meet()  # all have looked before it changes
@@ -92,12 +91,14 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
 def train(work: Run, now: Experiment, state: State) -> State:
   """Runs what is left of the phases from `state` on."""
   order = experiment.phases(work.config)
-  for phase in order[order.index(now.phase) :]:
-    if phase != now.phase:
-      now = build(work, phase)
-      state = now.enter(state)
-    if int(state.step) < now.ends:
-      state = run_phase(work, now, state)
+  later = [build(work, phase) for phase in order[order.index(now.phase) + 1 :]]
+  if jax.default_backend() != "gpu":  # there XLA times kernels, which steps beside it would mislead
+    work.compiling.ask(*(each for each in [now, *later] if int(state.step) < each.ends))
+  for each in [now, *later]:
+    if each is not now:
+      state = each.enter(state)
+    if int(state.step) < each.ends:
+      state = run_phase(work, each, state)
   return state
 
 
@@ -105,8 +106,10 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
   """Steps to the end of the phase; checkpoints and validates when due."""
   every, step, alone = work.config, int(state.step), jax.process_count() == 1
   updates = sharding.prefetch(host_batches(work, now, step), now.put_train)
-  compiled, first = compile_while_loading(now, updates)
-  updates = itertools.chain([first], updates)
+  work.compiling.ask(now)
+  updates = itertools.chain([next(updates)], updates)  # the pipeline warms up while XLA works
+  compiled, seconds = work.compiling.step(now)
+  console.say(f"phase {now.phase}: step compiled in {seconds:.1f} s")
   processes.meet()  # who ended while compiling is missed here and not within a step
   work.log.begin(now, step)
   while step < now.ends:
@@ -193,6 +196,7 @@ def resume(work: Run) -> tuple[Experiment, State]:
   found = work.checkpoints.newest_intact(restore)
   if found is None:
     now = build(work, experiment.phase_at(work.config, 0))
+    work.compiling.ask(now)
     truncate_after(work, 0)
     return now, now.initial()
   now, state, meta = found
@@ -263,20 +267,6 @@ def host_batches(work: Run, now: Experiment, step: int) -> Iterator[list[dict]]:
   )
   while True:
     yield list(itertools.islice(batches, accumulation))
-
-
-def compile_while_loading(now: Experiment, updates: Iterator[Any]) -> tuple[Any, Any]:
-  """The compiled step and the first update: the pipeline warms up while XLA works."""
-  start = time.monotonic()
-  background = concurrent.futures.ThreadPoolExecutor(1)
-  try:
-    compiling = background.submit(lambda: now.lower_train_step().compile())
-    first = next(updates)
-    compiled = compiling.result()
-  finally:
-    background.shutdown(wait=False)  # who stops the run does not wait for the compiler
-  console.say(f"phase {now.phase}: step compiled in {time.monotonic() - start:.1f} s")
-  return compiled, first
 
 
 def asked_to_stop(work: Run) -> int:

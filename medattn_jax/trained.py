@@ -24,7 +24,8 @@ from medattn_jax.workdir import Workdir
 
 # What config.json and the checkpoint's own config must agree on: it decides the answers.
 _DECISIVE = (
-  "model", "norm", "data.image_size", "data.full_size", "data.channels", "attention.source")
+  "model", "norm", "data.image_size", "data.full_size", "data.channels", "data.frame",
+  "attention.source")
 _MAX_METRICS_BYTES = 16 << 20
 ROUNDING = "rounding, none were tuned"
 LIKELIEST = "none: the likeliest class decides"

@@ -28,7 +28,7 @@ FLOORS = (
   {"step", "bank"},
   {"experiment"},
   {"trained", "train", "evaluate", "explain", "explain_map", "predictor", "export", "doctor",
-   "continuation", "fill_bank"},
+   "compiling", "continuation", "fill_bank"},
   {"cli"},
   {"__main__", "__init__"},
 )

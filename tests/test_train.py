@@ -17,6 +17,7 @@ import pytest
 from medattn_jax import config, continuation
 from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
+from medattn_jax.compiling import Compiled
 from medattn_jax.errors import UserError
 from medattn_jax.signals import Signals, Stopped
 from medattn_jax.workdir import Workdir
@@ -139,9 +140,17 @@ def test_stopped_by_a_signal_it_saves_where_it_is(finished, tmp_path, data_dir, 
   assert_same_run(workdir, finished)
 
 
+def test_each_program_is_compiled_once(finished):
+  """The first validation finds in the cache what was compiled for it while the steps ran."""
+  programs = list((finished / "compilation_cache").glob("jit_local-*-cache"))
+  assert len(programs) == 2, programs  # the step, and what answers
+
+
 def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(monkeypatch):
+  ready = Compiled(lambda state, update: (state, {}), 0.0)
   work = types.SimpleNamespace(
       config=config.load_page(PAGE), signals=Signals(), checkpoints=None,
+      compiling=types.SimpleNamespace(ask=lambda now: None, step=lambda now: ready),
       log=types.SimpleNamespace(begin=lambda *_: None, step=lambda *_, **__: None),
   )  # fmt: skip
   now = types.SimpleNamespace(
@@ -155,8 +164,6 @@ def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(
     work.signals._caught(signal.SIGTERM, None)
 
   monkeypatch.setattr(loop, "host_batches", lambda *_: iter([1, 2, 3]))
-  step = lambda state, update: (state, {})
-  monkeypatch.setattr(loop, "compile_while_loading", lambda now, updates: (step, next(updates)))
   monkeypatch.setattr(loop, "save", save)
   with pytest.raises(Stopped):
     loop.run_phase(work, now, types.SimpleNamespace(step=0))

@@ -1,9 +1,10 @@
 """Photographs prepared by all cores, one file each, so that work once done stays done.
 
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
-<key>.<checksum>.<checksum of the raw file>.<1 if enlarged>.jpg; the key stands for the raw file
-(place, size, time) and what it is to become. Where boxes were drawn on the photograph its frame
-stands before the .jpg: seven numbers, as preprocess.Frame has them.
+<key>.<checksum>.<checksum of the raw file>.<what was done to it>.jpg; the key stands for the raw
+file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED.
+Where lesions were drawn on the photograph, its preprocess.Placement, as numbers joined by -, stands
+before the .jpg.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
 POOL_FROM = 8  # fewer photographs are done sooner than processes start
+ENLARGED, STRETCHED = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Job:
   key: str
   full_size: int
   quality: int
+  frame: str
   entry: str = ""  # its name within `path`, where that is a zip archive
-  framed: bool = False  # where its pixels went is to be told
+  placed: bool = False  # where its pixels went is to be told
   there: str = ""  # the file an earlier run left
 
 
@@ -55,8 +58,8 @@ class Done:
   name: str = ""
   reason: str = ""
   source: str = ""  # checksum of the raw file
-  enlarged: bool = False
-  frame: preprocess.Frame | None = None  # where it was asked for
+  oddities: int = 0  # a sum of ENLARGED and STRETCHED
+  placement: preprocess.Placement | None = None  # where it was asked for
 
 
 def jobs_of(
@@ -65,6 +68,7 @@ def jobs_of(
   store: pathlib.Path,
   full_size: int,
   quality: int,
+  frame: str,
 ) -> dict[str, Job]:
   """A job for each photograph that is there, by image_id; what went missing joins `rejected`."""
   jobs = {}
@@ -74,11 +78,11 @@ def jobs_of(
     except OSError as error:
       rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
       continue
-    path, entry, framed = os.fspath(photograph.path), photograph.entry, bool(photograph.boxes)
-    identity = [METHOD, path, status.st_size, status.st_mtime_ns, full_size, quality]
-    identity += [entry, framed] if entry or framed else []
+    path, entry, placed = os.fspath(photograph.path), photograph.entry, bool(photograph.boxes)
+    identity = [METHOD, path, status.st_size, status.st_mtime_ns, full_size, quality, frame]
+    identity += [entry, placed] if entry or placed else []
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    job = Job(path, os.fspath(store), key, full_size, quality, entry, framed)
+    job = Job(path, os.fspath(store), key, full_size, quality, frame, entry, placed)
     jobs[photograph.image_id] = job
   return jobs
 
@@ -165,18 +169,22 @@ def _photograph(job: Job) -> Done:
   """Prepares one photograph into the store, or takes the one that is there and intact."""
   store = pathlib.Path(job.store)
   if job.there:
-    _, written, source, enlarged, *frame, _ = job.there.split(".")
+    _, written, source, oddities, *placement, _ = job.there.split(".")
     if checksum((store / job.there).read_bytes()) == written:
-      frame = preprocess.Frame(*map(int, frame[0].split("-"))) if frame else None
-      return Done(job.there, source=source, enlarged=enlarged == "1", frame=frame)
+      placement = preprocess.Placement.parse(placement[0]) if placement else None
+      return Done(job.there, source=source, oddities=int(oddities), placement=placement)
   try:
     if job.entry:
       content = archives.read(job.path, job.entry)
     else:
       content = preprocess.read_bytes(job.path)
     raw = preprocess.decode_photograph(content)
-    edges = preprocess.field_of_view(raw)
-    image = preprocess.prepare_photograph(raw, job.full_size, edges)
+    if job.frame == "whole":
+      edges = (0, raw.shape[0], 0, raw.shape[1])
+      image = preprocess.fit_aligned(raw, job.full_size, 3)
+    else:
+      edges = preprocess.field_of_view(raw)
+      image = preprocess.prepare_photograph(raw, job.full_size, edges)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
@@ -184,14 +192,17 @@ def _photograph(job: Job) -> Done:
   jpeg = io.BytesIO()
   Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
   source = checksum(content)
-  enlarged = max(raw.shape[:2]) < job.full_size
-  frame, told = None, ""
-  if job.framed:
-    frame = preprocess.Frame(preprocess.orientation(content), *raw.shape[:2], *edges)
-    told = "." + "-".join(map(str, dataclasses.astuple(frame)))
-  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{enlarged:d}{told}.jpg"
+  height, width, _ = raw.shape
+  oddities = ENLARGED * (max(height, width) < job.full_size)
+  oddities += STRETCHED * (job.frame == "whole" and height != width)
+  placement = None
+  if job.placed:
+    turn = preprocess.orientation(content)
+    placement = preprocess.Placement(turn, height, width, *edges, job.frame == "cropped")
+  told = f".{placement}" if placement else ""
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{oddities}{told}.jpg"
   files.write_bytes(store / name, jpeg.getvalue())
-  return Done(name, source=source, enlarged=enlarged, frame=frame)
+  return Done(name, source=source, oddities=oddities, placement=placement)
 
 
 def checksum(content: bytes) -> str:

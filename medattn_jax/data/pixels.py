@@ -15,7 +15,7 @@ from PIL import Image
 from medattn_jax import console
 from medattn_jax.data.sources import Arrays
 
-METHOD = 1  # raise when `examples` gives other pixels: what was prepared before is then stale
+METHOD = 2  # raise when `examples` gives other pixels: what was prepared before is then stale
 
 
 class Census:

@@ -33,7 +33,6 @@ SOURCES = datasets.PREPARED
 FULL_SIZE = 1230  # of photographs; pixels that are ready keep their size
 REJECTED = "rejected.csv"
 FILES = "photographs.json"  # within a set: the file names its photographs had while prepared
-READY = ("npz", "fer2013")  # the sources of pixels; all others are of photographs
 SIDES = ((16, 8000), (32, 8000))  # of pixels that are ready, and of photographs
 MAX_COLUMNS = 12  # of the table: with more classes each has a row
 
@@ -54,6 +53,7 @@ def prepare(
   data_dir: str | os.PathLike,
   *,
   full_size: int | None = None,
+  frame: str | None = None,
   workers: int | None = None,
   seed: int = 0,
   quality: int = 95,
@@ -67,6 +67,9 @@ def prepare(
     source: one of SOURCES.
     full_size: side of the stored photographs in pixels; by default FULL_SIZE for photographs, and
       their own for pixels that are ready.
+    frame: "cropped", each photograph by its own black border and padded to a square (the default
+      of photographs), or "whole", as images that are aligned are to be (that of pixels that are
+      ready; they accept no other): the image as it is becomes the square.
     workers: processes; by default as many as there are cores. Pixels that are ready need but one.
     seed: of the split by patients, where none is stated.
     quality: of the stored JPEGs.
@@ -75,7 +78,7 @@ def prepare(
     UserError: no usable input, or a place that cannot be written; nothing is left half done.
   """
   input_dir, data_dir = pathlib.Path(input_dir), pathlib.Path(data_dir)
-  _check(source, input_dir, data_dir, full_size, workers, quality)
+  _check(source, input_dir, data_dir, full_size, frame, workers, quality)
   store = data_dir / f".prepare-{source}"
   skip = [data_dir / source, store, data_dir / f".building-{source}"]
   if data_dir.resolve() != input_dir.resolve():
@@ -94,25 +97,30 @@ def prepare(
       if isinstance(found, Arrays):
         return _prepare_arrays(source, found, data_dir, full_size or found.size)
       full_size = full_size or FULL_SIZE
-      return _prepare(source, found, data_dir, store, full_size, workers, seed, quality)
+      frame = frame or "cropped"
+      return _prepare(source, found, data_dir, store, full_size, frame, workers, seed, quality)
   except BlockingIOError:
     raise UserError(f"{data_dir}: another prepare is writing there") from None
   except OSError as error:
     raise UserError(f"{error.filename or data_dir}: {error.strerror or error}") from None
 
 
-def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
+def _check(source, input_dir, data_dir, full_size, frame, workers, quality) -> None:
   if source not in SOURCES:
     hint = nearest(source, SOURCES)
     raise UserError(f"source {source!r} is unknown, known: {', '.join(SOURCES)}{hint}")
-  if source not in READY and not input_dir.is_dir():
+  if source not in datasets.ARRAYS and not input_dir.is_dir():
     raise UserError(f"--input={input_dir} is no folder")
   if not input_dir.exists():
     raise UserError(f"--input={input_dir} is neither a folder nor a file")
   if data_dir.exists() and not data_dir.is_dir():
     raise UserError(f"--data-dir={data_dir} is no folder")
+  frames = ("whole",) if source in datasets.ARRAYS else ("cropped", "whole")
+  if frame is not None and frame not in frames:
+    raise UserError(f"--frame={frame}; accepted for {source}: {', '.join(frames)}")
+  sides = SIDES[source not in datasets.ARRAYS]
   for flag, value, low, high in (
-    ("--full-size", FULL_SIZE if full_size is None else full_size, *SIDES[source not in READY]),
+    ("--full-size", FULL_SIZE if full_size is None else full_size, *sides),
     ("--workers", 1 if workers is None else workers, 1, 1024),
     ("quality", quality, 1, 100),
   ):
@@ -120,12 +128,15 @@ def _check(source, input_dir, data_dir, full_size, workers, quality) -> None:
       raise UserError(f"{flag}={value}: {low} to {high} are accepted")
 
 
-def _prepare(source, labelled, data_dir, store, full_size, workers, seed, quality) -> Summary:
+def _prepare(
+  source, labelled, data_dir, store, full_size, frame, workers, seed, quality
+) -> Summary:
   from medattn_jax.data.datasets import prepared
 
   rejected = list(labelled.rejected)
-  jobs = photographs.jobs_of(labelled.photographs, rejected, store, full_size, quality)
-  identity = [source, photographs.METHOD, full_size, quality, seed, rejected, [
+  jobs = photographs.jobs_of(
+    labelled.photographs, rejected, store, full_size, quality, frame)
+  identity = [source, photographs.METHOD, full_size, frame, quality, seed, rejected, [
     [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split, *p.boxes]
     for p in labelled.photographs if p.image_id in jobs
   ]]
@@ -169,6 +180,7 @@ def _prepare(source, labelled, data_dir, store, full_size, workers, seed, qualit
     lambda directory: prepared.Prepared(
       source=source,
       full_size=full_size,
+      frame=frame,
       examples={s: lambda rows=rows: _read(rows, store, full_size)
                 for s, rows in examples.items()},
       data_dir=directory,
@@ -216,6 +228,7 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
       channels=arrays.channels,
       encoding="png",
       num_classes=arrays.num_classes,
+      frame="whole",
       examples={s: functools.partial(pixels.examples, arrays, s, size, census)
                 for s in arrays.counts},
       data_dir=directory,
@@ -282,7 +295,7 @@ def _boxes(
   if not photograph.boxes:
     return []
   kinds = [kind for kind, *_ in photograph.boxes]
-  placed, inside = result.frame.place([box for _, *box in photograph.boxes], full_size)
+  placed, inside = result.placement.place([box for _, *box in photograph.boxes], full_size)
   return [(kind, box) for kind, box, there in zip(kinds, placed, inside, strict=True) if there]
 
 
@@ -315,9 +328,12 @@ def _recover(folder: pathlib.Path, wanted: set[str], store: pathlib.Path) -> Non
 
 
 def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size: int) -> None:
-  enlarged = sum(result.enlarged for _, result in kept)
-  if enlarged:
+  count = lambda oddity: sum(bool(result.oddities & oddity) for _, result in kept)
+  if enlarged := count(photographs.ENLARGED):
     console.say(f"{enlarged} photographs are smaller than {full_size} pixels and were enlarged")
+  if stretched := count(photographs.STRETCHED):
+    console.warn(f"{stretched} photographs are no squares and were stretched: the frame is theirs "
+                 "as a whole")
   drawn = sum(len(photograph.boxes) for photograph, _ in kept)
   lost = drawn - sum(len(_boxes(*entry, full_size)) for entry in kept)
   if lost:

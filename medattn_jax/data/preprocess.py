@@ -189,12 +189,13 @@ def prepare_photograph(
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
+class Placement:
   """Where a photograph's pixels went: turned upright, cropped, padded and resized.
 
   Attributes:
     orientation: EXIF's number of the turn, 1 (none) to 8. height, width: of the upright picture.
-    y0, y1, x0, x1: its field_of_view.
+    y0, y1, x0, x1: the part of it that is kept.
+    padded: to a square, as by prepare_photograph; or stretched to one, as by fit_aligned.
   """
 
   orientation: int
@@ -204,9 +205,19 @@ class Frame:
   y1: int
   x0: int
   x1: int
+  padded: bool
+
+  def __str__(self) -> str:
+    return "-".join(str(int(value)) for value in dataclasses.astuple(self))
+
+  @classmethod
+  def parse(cls, text: str) -> Placement:
+    """What str() was made of."""
+    *numbers, padded = map(int, text.split("-"))
+    return cls(*numbers, bool(padded))
 
   def place(self, boxes: np.ndarray, full_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What prepare_photograph makes of boxes that were drawn on the file's own pixels.
+    """Boxes that were drawn on the file's own pixels, on those of the prepared photograph.
 
     Args:
       boxes: [n, 4] of y0, x0, y1, x1 in pixels as the file has them, before EXIF's turn.
@@ -229,9 +240,12 @@ class Frame:
     y, x = np.clip(y, self.y0, self.y1) - self.y0, np.clip(x, self.x0, self.x1) - self.x0
     inside = (y[:, 0] < y[:, 1]) & (x[:, 0] < x[:, 1])
     tall, wide = self.y1 - self.y0, self.x1 - self.x0
-    side = max(tall, wide)
-    y, x = y + (side - tall) // 2, x + (side - wide) // 2  # the black beside it
-    placed = np.stack([y[:, 0], x[:, 0], y[:, 1], x[:, 1]], axis=1) * (full_size / side)
+    if self.padded:
+      side = max(tall, wide)
+      y, x = y + (side - tall) // 2, x + (side - wide) // 2  # the black beside it
+      tall = wide = side
+    y, x = y * (full_size / tall), x * (full_size / wide)
+    placed = np.stack([y[:, 0], x[:, 0], y[:, 1], x[:, 1]], axis=1)
     return placed.astype(np.float32), inside
 
 

@@ -25,6 +25,8 @@ class DataSet:
   Attributes:
     name: the set's name. folder: where it lies. full_size: side of the stored photographs.
     channels: 1 or 3, as stored. encoding: "jpeg" or "png". num_classes: of its levels.
+    frame: "cropped", each photograph by its own black border, or "whole": aligned images; None
+      where an older set does not say.
     splits: {split: number of examples}. max_boxes: the most boxes of one photograph, at least 1.
     region: bool [S, S], the part of every photograph that decides, S being the size asked for; or
       None where that is not known.
@@ -40,6 +42,7 @@ class DataSet:
     self.channels: int = index["channels"]
     self.encoding: str = index["encoding"]
     self.num_classes: int = index["classes"]
+    self.frame: str | None = index["frame"]
     self.max_boxes: int = index["boxes"]
     self.region = _region(index["region"], size or self.full_size)
     self.about: Mapping[str, Any] = index["about"]

@@ -28,16 +28,20 @@ def init(key: Key[Array, ""], classifier: str, rows: int, hidden: int, bias: flo
   """Parameters: what lies below "rows" is spread over the devices with the bank, along axis 0.
 
   linear: logistic regression, from zero. conv: 3×3 convolution over the R rows to `hidden`
-  channels, ReLU, 1×1 convolution. Every pixel begins near σ(bias).
+  channels, ReLU, 1×1 convolution; means over taps and over channels, not sums, so that a step of
+  Adam moves the scores about as far as it moves linear's. Its channels begin in pairs that cancel:
+  with either classifier every pixel begins at σ(bias).
   """
   if classifier == "linear":
     return {"rows": {"kernel": jnp.zeros((rows, 1))}, "bias": jnp.full((1,), bias)}
   inner, outer = jax.random.split(key)
-  outputs = len(_TAPS) * hidden
+  pairs = hidden // 2
+  taps = jax.random.normal(inner, (rows, len(_TAPS), hidden - pairs)) * (2 * len(_TAPS)) ** 0.5
+  out = jax.random.normal(outer, (pairs,))
   return {
-    "rows": {"kernel": jax.random.normal(inner, (rows, outputs)) * (2 / len(_TAPS)) ** 0.5},
+    "rows": {"kernel": jnp.concatenate([taps, taps[..., :pairs]], -1).reshape(rows, -1)},
     "hidden_bias": jnp.zeros((hidden,)),
-    "out": jax.random.normal(outer, (hidden,)) * 0.1 * hidden**-0.5,
+    "out": jnp.concatenate([out, jnp.zeros((hidden % 2,)), -out]),
     "bias": jnp.full((1,), bias)}
 
 
@@ -90,8 +94,8 @@ def scores(answers: Float[Array, "m h w"], params: Params) -> Float[Array, "h w"
   hidden = sum(
     padded[tap, :, 1 + row : 1 + row + height, 1 + column : 1 + column + width]
     for tap, (row, column) in enumerate(_TAPS))
-  hidden = jax.nn.relu(hidden + params["hidden_bias"][:, None, None])
-  return jnp.einsum("f,fhw->hw", params["out"], hidden) + params["bias"][0]
+  hidden = jax.nn.relu(hidden / len(_TAPS) + params["hidden_bias"][:, None, None])
+  return jnp.einsum("f,fhw->hw", params["out"] / len(hidden), hidden) + params["bias"][0]
 
 
 @jax.custom_vjp

@@ -301,7 +301,7 @@ def test_two_runs_at_once_are_one_too_many(camera, tmp_path):
 def test_a_picture_that_ends_its_process_costs_itself_alone(camera, tmp_path, monkeypatch):
   camera.both([f"{n}.jpg" for n in range(10)])
   jobs = [
-    photographs.Job(str(camera.folder / f"{n}.jpg"), str(tmp_path), f"{n}", SIZE, 90)
+    photographs.Job(str(camera.folder / f"{n}.jpg"), str(tmp_path), f"{n}", SIZE, 90, "cropped")
     for n in range(10)
   ]
   # A module of its own, since the workers import it.

@@ -266,32 +266,40 @@ def test_an_aligned_image_is_fitted_and_never_cropped():
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("kind, width, height", [
-  ("JPEG", 200, 120), ("JPEG", 100, 160), ("TIFF", 200, 120),
+@pytest.mark.parametrize("kind, width, height, frame", [
+  ("JPEG", 200, 120, "cropped"), ("JPEG", 100, 160, "cropped"), ("TIFF", 200, 120, "cropped"),
+  ("JPEG", 100, 160, "whole"),
 ])  # fmt: skip
-def test_a_box_stays_on_its_lesion(make, kind, width, height, turn):
-  """Cropped, padded, resized, and turned by EXIF, in each of its eight ways."""
+def test_a_box_stays_on_its_lesion(make, kind, width, height, frame, turn):
+  """Cropped, padded, resized or stretched, and turned by EXIF, in each of its eight ways."""
   y0, x0, y1, x1 = box = (height // 2 - 31, width // 2 + 9, height // 2 - 12, width // 2 + 21)
   image = np.pad(make.eye_picture(width, height), ((7, 0), (0, 13), (0, 0)))
+  image[height // 2 + 25 :] = 0  # so that what is kept is no square
   image[y0:y1, x0:x1] = (0, 0, 255)
   exif = Image.Exif()
   exif[0x0112] = turn
   content = make.encoded(image, kind, exif=exif, **({"subsampling": 0} if kind == "JPEG" else {}))
   upright = preprocess.decode_photograph(content)
-  edges = preprocess.field_of_view(upright)
-  frame = preprocess.Frame(preprocess.orientation(content), *upright.shape[:2], *edges)
-  assert frame.orientation == turn and edges != (0, upright.shape[0], 0, upright.shape[1])
+  whole = (0, upright.shape[0], 0, upright.shape[1])
+  edges = whole if frame == "whole" else preprocess.field_of_view(upright)
+  tall, wide = edges[1] - edges[0], edges[3] - edges[2]
+  assert tall != wide and (frame == "whole" or all(np.not_equal(edges, whole).reshape(2, 2).any(1)))
+  placement = preprocess.Placement(
+    preprocess.orientation(content), *upright.shape[:2], *edges, frame == "cropped")
+  assert placement.orientation == turn
+  assert preprocess.Placement.parse(str(placement)) == placement
   for size in (64, 333):
-    prepared = preprocess.prepare_photograph(upright, size).astype(int)
+    prepared = (preprocess.fit_aligned(upright, size, 3) if frame == "whole" else
+                preprocess.prepare_photograph(upright, size)).astype(int)
     blue = prepared[..., 2] > prepared[..., 0] + 60
     rows, columns = (np.flatnonzero(blue.any(axis=axis)) for axis in (1, 0))
-    (placed, _), inside = frame.place([box, (0, 0, 3, width)], size)
-    assert placed.dtype == np.float32 and list(inside) == [True, False]
+    (placed, _), inside = placement.place([box, (0, 0, 3, width)], size)
+    assert placed.dtype == np.float32 and list(inside) == [True, frame == "whole"]
     got = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
-    np.testing.assert_allclose(placed, got, atol=0.5 + 1.1 * size / max(width, height))
+    np.testing.assert_allclose(placed, got, atol=0.5 + 1.1 * size / min(tall, wide))
   # What reaches into the border ends where that does.
-  whole, _ = frame.place([(0, 0, 10**6, 10**6)], 100)
-  assert whole.min() >= 0 and whole.max() == pytest.approx(100)
+  (everything, *_), _ = placement.place([(0, 0, 10**6, 10**6)], 100)
+  assert everything.min() >= 0 and everything.max() == pytest.approx(100)
 
 
 def test_a_turn_that_is_none_is_none(make, picture):

@@ -40,11 +40,28 @@ def test_scores_are_the_plain_classifiers(classifier, channels):
     stacked = np.asarray(jax.lax.conv_general_dilated(
       features[None].astype(np.float32),
       kernel.reshape(-1, 3, 3, 4).transpose(3, 0, 1, 2).astype(np.float32), (1, 1), "SAME"))[0]
-    hidden = np.maximum(stacked + np.asarray(params["hidden_bias"])[:, None, None], 0)
-    plain = np.einsum("f,fhw->hw", np.asarray(params["out"]), hidden)
+    hidden = np.maximum(stacked / 9 + np.asarray(params["hidden_bias"])[:, None, None], 0)
+    plain = np.einsum("f,fhw->hw", np.asarray(params["out"]), hidden) / 4
   answers = pixel_classifier.summand(params["rows"]["kernel"], **arrays)
   found = pixel_classifier.scores(answers, params)
   np.testing.assert_allclose(found, plain + float(params["bias"][0]), atol=2e-4)
+
+
+def test_a_step_moves_the_scores_alike_whatever_the_classifier():
+  """Adam's first step is of one size in every parameter: one rate then serves both classifiers."""
+  arrays, _ = bank(1)
+
+  def moved(classifier):
+    rows = len(arrays["images"])
+    params = pixel_classifier.init(jax.random.key(0), classifier, rows, hidden=8, bias=2.0)
+    answer = lambda params: pixel_classifier.scores(
+      pixel_classifier.summand(params["rows"]["kernel"], **arrays), params)
+    gradient = jax.grad(lambda params: answer(params)[2:5, 2:5].mean())(params)
+    for _ in range(20):
+      params = jax.tree.map(lambda p, g: p + 0.01 * jnp.sign(g), params, gradient)
+    return float(answer(params)[2:5, 2:5].mean()) - 2
+
+  assert 0.3 < moved("conv") / moved("linear") < 3
 
 
 @pytest.mark.parametrize("outputs", [1, 5])
@@ -94,9 +111,10 @@ def test_a_batch_is_a_bank_of_its_own_images():
 
 
 def test_every_pixel_matters_at_first():
-  for classifier in ("linear", "conv"):
+  for classifier, hidden in (("linear", 0), ("conv", 8), ("conv", 5), ("conv", 1)):
     arrays, _ = bank(1)
-    params = pixel_classifier.init(jax.random.key(0), classifier, len(arrays["images"]), 8, 2.0)
+    params = pixel_classifier.init(
+      jax.random.key(0), classifier, len(arrays["images"]), hidden, 2.0)
     answers = pixel_classifier.summand(params["rows"]["kernel"], **arrays)
     weights = jax.nn.sigmoid(pixel_classifier.scores(answers, params))
-    np.testing.assert_allclose(weights, jax.nn.sigmoid(2.0), atol=0.1)
+    np.testing.assert_allclose(weights, jax.nn.sigmoid(2.0), atol=1e-5)

@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.full_size = 24
   config.data.image_size = 24
   config.data.channels = 1
+  config.data.frame = "whole"
   config.data.batch_size = 16
   config.data.balanced = False
   config.data.synthetic = ml_collections.ConfigDict()

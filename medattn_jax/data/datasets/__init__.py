@@ -13,6 +13,7 @@ PREPARED = (  # by `medattn prepare --source=NAME`
 )  # fmt: skip
 # Made on first use: each a module of this package, with build(data_dir, *, size, **numbers).
 DRAWN = ("synthetic_fundus", "planted_region")
+ARRAYS = ("npz", "fer2013")  # of them, those of pixels that are ready
 NAMES = PREPARED + DRAWN
 
 

@@ -33,6 +33,7 @@ class PlantedRegion(tfds.core.GeneratorBasedBuilder):
   """Single gray images; the splits are disjoint ranges of their numbers."""
 
   name = "planted_region"
+  frame = "whole"
   VERSION = tfds.core.Version(schema.VERSION)
   BUILDER_CONFIGS = []  # noqa: RUF012 (TFDS reads a plain list)
 

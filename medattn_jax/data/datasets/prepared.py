@@ -29,7 +29,8 @@ from medattn_jax.errors import UserError
 
 INDEX = "index.json"
 # What an index says that names no other: fundus photographs.
-FUNDUS = {"channels": 3, "encoding": "jpeg", "classes": schema.LEVELS, "region": None}
+FUNDUS = {
+  "channels": 3, "encoding": "jpeg", "classes": schema.LEVELS, "region": None, "frame": None}
 
 
 class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -42,6 +43,7 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       open files of the encoding) in the order they are stored in.
     channels, encoding: of the stored photographs, as in schema.features.
     num_classes: levels are 0 … num_classes - 1.
+    frame: "cropped", each photograph by its own black border, or "whole": aligned images.
   """
 
   VERSION = tfds.core.Version(schema.VERSION)
@@ -57,11 +59,13 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     channels: int = FUNDUS["channels"],
     encoding: str = FUNDUS["encoding"],
     num_classes: int = FUNDUS["classes"],
+    frame: str = "cropped",
     **arguments,
   ):
     self.name = source
     self.stored = (full_size, channels, encoding)
     self.num_classes = num_classes
+    self.frame = frame
     self.examples = examples
     super().__init__(file_format=schema.FILE_FORMAT, **arguments)
 
@@ -154,7 +158,7 @@ def write_index(builder: Any, folder: pathlib.Path, about: Mapping[str, Any]) ->
   """Writes the index of a complete set in `folder`: every record is read back and so proved.
 
   The builder has, besides what every TFDS builder has, num_classes: int, and region: bool [S, S],
-  the part of every photograph that decides, or None.
+  the part of every photograph that decides, or None; and frame, see Prepared.
   """
   levels, most = {}, 1
   for split in builder.info.splits:
@@ -174,6 +178,7 @@ def write_index(builder: Any, folder: pathlib.Path, about: Mapping[str, Any]) ->
     "channels": image.shape[2],
     "encoding": image.encoding_format,
     "classes": builder.num_classes,
+    "frame": builder.frame,
     "region": None if region is None else ["".join(".#"[x] for x in row) for row in region * 1],
     "boxes": most,
     "levels": levels,
@@ -193,9 +198,9 @@ def _digest(content: Any) -> str:
 def read_index(folder: pathlib.Path) -> dict[str, Any]:
   """The index of the set in `folder`, after checking it and the set's files against it.
 
-  Keys: name, full_size, channels, encoding, classes, region (rows of "." and "#", or None), boxes
-  (the most boxes of one photograph, at least 1), levels {split: one word of two of schema.DIGITS,
-  or "-", an example}, files, about. Raises UserError naming what is damaged.
+  Keys: name, full_size, channels, encoding, classes, frame, region (rows of "." and "#", or None),
+  boxes (the most boxes of one photograph, at least 1), levels {split: one word of two of
+  schema.DIGITS, or "-", an example}, files, about. Raises UserError naming what is damaged.
   """
   path = folder / INDEX
   try:

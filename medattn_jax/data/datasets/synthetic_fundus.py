@@ -36,6 +36,7 @@ class SyntheticFundus(tfds.core.GeneratorBasedBuilder):
   BUILDER_CONFIGS = []  # noqa: RUF012 (TFDS reads a plain list)
   num_classes = schema.LEVELS
   region = None
+  frame = "cropped"
 
   def _info(self):
     return self.dataset_info_from_configs(

@@ -1,0 +1,71 @@
+"""Programs compiled beside the run."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from medattn_jax.compiling import Compiling
+
+
+class Phase:
+  """A phase whose programs are compiled once `gate` is open; counts what is compiled."""
+
+  def __init__(self, phase, trained=("backbone",), gate=None):
+    self.phase, self.trained, self.gate = phase, trained, gate
+    self.compiled = []
+
+  def lower_train_step(self):
+    return self._lowered("train")
+
+  def lower_eval_step(self):
+    return self._lowered("eval")
+
+  def _lowered(self, name):
+    def compile():
+      if self.gate:
+        assert self.gate.wait(30)
+      if name in self.compiled:
+        raise RuntimeError(f"{name} again")
+      self.compiled.append(name)
+      return f"{self.phase} {name}"
+
+    return type("Lowered", (), {"compile": staticmethod(compile)})
+
+
+def test_later_phases_are_compiled_while_the_first_one_runs():
+  first, later = Phase("m"), Phase("c")
+  with Compiling() as compiling:
+    compiling.ask(first)
+    compiling.ask(first, later)
+    assert compiling.step(first).step == "m train"
+    for _ in range(1000):  # nobody asks for its step
+      if len(later.compiled) == len(first.compiled) == 2:
+        break
+      time.sleep(0.01)
+    assert sorted(first.compiled) == sorted(later.compiled) == ["eval", "train"]
+    assert compiling.step(later).step == "c train"
+
+
+def test_what_a_compilation_raised_is_raised_where_its_step_is_wanted():
+  good, bad = Phase("m"), Phase("c")
+  bad.compiled.append("train")
+  with Compiling() as compiling:
+    compiling.ask(good, bad)
+    assert compiling.step(good).step == "m train"
+    with pytest.raises(RuntimeError, match="train again"):
+      compiling.step(bad)
+
+
+def test_who_stops_does_not_wait_for_the_compiler():
+  gate = threading.Event()
+  slow = [Phase(str(number), gate=gate) for number in range(4)]
+  begun = time.monotonic()
+  with Compiling() as compiling:
+    compiling.ask(*slow)
+  assert time.monotonic() - begun < 5
+  gate.set()
+  compiling._pool.shutdown()
+  assert sum(len(phase.compiled) for phase in slow) <= 2  # those that had begun
