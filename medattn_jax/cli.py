@@ -118,8 +118,8 @@ def make_parser() -> Parser:
 
   add = command("prepare", prepare, "make a data set of a raw one")
   add.add_argument("--source", required=True, metavar="S", help="csv: photographs and a "
-                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv; aptos, "
-                   "ddr, deepdrid: the folders of these sets")
+                   "labels.csv; npz: arrays as MedMNIST has them; fer2013: its fer2013.csv; "
+                   "eyepacs, messidor, messidor2, idrid, aptos, ddr, deepdrid: as published")
   add.add_argument("--input", required=True, metavar="DIR", help="or the .npz, the fer2013.csv")
   add.add_argument("--data-dir", metavar="DIR", help="where the data set is to be")
   add.add_argument("--full-size", type=int, metavar="PIXELS",

@@ -3,6 +3,8 @@
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
 <key>.<checksum>.<checksum of the raw file>.<what was done to it>.jpg; the key stands for the raw
 file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED.
+Where lesions were drawn on the photograph, its preprocess.Placement, as numbers joined by -, stands
+before the .jpg.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from medattn_jax import console, files
-from medattn_jax.data import preprocess
+from medattn_jax.data import archives, preprocess
 from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
@@ -45,6 +47,8 @@ class Job:
   full_size: int
   quality: int
   frame: str
+  entry: str = ""  # its name within `path`, where that is a zip archive
+  placed: bool = False  # where its pixels went is to be told
   there: str = ""  # the file an earlier run left
 
 
@@ -58,6 +62,7 @@ class Done:
   oddities: int = 0  # a sum of ENLARGED and STRETCHED
   pixels: str = ""  # checksum of what would be prepared, where it is only looked at
   size: tuple[int, int] = (0, 0)  # width and height of the raw file, where it is only looked at
+  placement: preprocess.Placement | None = None  # where it was asked for
 
   @property
   def content(self) -> str:
@@ -81,11 +86,12 @@ def jobs_of(
     except OSError as error:
       rejected.append((photograph.image_id, f"cannot be read: {error.strerror}"))
       continue
-    identity = [METHOD, os.fspath(photograph.path), status.st_size, status.st_mtime_ns]
-    identity = json.dumps([*identity, full_size, quality, frame]).encode()
-    key = hashlib.sha256(identity).hexdigest()[:32]
-    path, store = os.fspath(photograph.path), os.fspath(store)
-    jobs[photograph.image_id] = Job(path, store, key, full_size, quality, frame)
+    path, entry, placed = os.fspath(photograph.path), photograph.entry, bool(photograph.boxes)
+    identity = [METHOD, path, status.st_size, status.st_mtime_ns, full_size, quality, frame]
+    identity += [entry, placed] if entry or placed else []
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    job = Job(path, os.fspath(store), key, full_size, quality, frame, entry, placed)
+    jobs[photograph.image_id] = job
   return jobs
 
 
@@ -177,16 +183,19 @@ def _photograph(job: Job) -> Done:
   """Prepares one photograph into the store, or takes the one that is there and intact."""
   store = pathlib.Path(job.store)
   if job.there:
-    _, written, source, oddities, _ = job.there.split(".")
+    _, written, source, oddities, *placement, _ = job.there.split(".")
     if checksum((store / job.there).read_bytes()) == written:
-      return Done(job.there, source=source, oddities=int(oddities))
+      placement = preprocess.Placement.parse(placement[0]) if placement else None
+      return Done(job.there, source=source, oddities=int(oddities), placement=placement)
   try:
     content = _bytes(job)
     raw = preprocess.decode_photograph(content)
     if job.frame == "whole":
+      edges = (0, raw.shape[0], 0, raw.shape[1])
       image = preprocess.fit_aligned(raw, job.full_size, 3)
     else:
-      image = preprocess.prepare_photograph(raw, job.full_size)
+      edges = preprocess.field_of_view(raw)
+      image = preprocess.prepare_photograph(raw, job.full_size, edges)
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
@@ -197,9 +206,14 @@ def _photograph(job: Job) -> Done:
   height, width, _ = raw.shape
   oddities = ENLARGED * (max(height, width) < job.full_size)
   oddities += STRETCHED * (job.frame == "whole" and height != width)
-  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{oddities}.jpg"
+  placement = None
+  if job.placed:
+    turn = preprocess.orientation(content)
+    placement = preprocess.Placement(turn, height, width, *edges, job.frame == "cropped")
+  told = f".{placement}" if placement else ""
+  name = f"{job.key}.{checksum(jpeg.getvalue())}.{source}.{oddities}{told}.jpg"
   files.write_bytes(store / name, jpeg.getvalue())
-  return Done(name, source=source, oddities=oddities)
+  return Done(name, source=source, oddities=oddities, placement=placement)
 
 
 def look(job: Job) -> Done:
@@ -221,6 +235,8 @@ def look(job: Job) -> Done:
 
 
 def _bytes(job: Job) -> bytes:
+  if job.entry:
+    return archives.read(job.path, job.entry)
   return preprocess.read_bytes(job.path)
 
 

@@ -21,6 +21,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from medattn_jax import console, files
 from medattn_jax.data import datasets, duplicates, photographs, pixels, schema, tally
 from medattn_jax.data.sources import Arrays, Labelled, Photograph
@@ -168,7 +170,7 @@ def _prepare(
   jobs = photographs.jobs_of(
     labelled.photographs, rejected, store, full_size, quality, frame)
   identity = [source, photographs.METHOD, full_size, frame, quality, seed, rejected, [
-    [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split]
+    [p.image_id, jobs[p.image_id].key, p.level, p.patient, p.eye, p.split, *p.boxes]
     for p in labelled.photographs if p.image_id in jobs
   ], *["without duplicates"] * drop]
   identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -206,7 +208,8 @@ def _prepare(
       source=source,
       full_size=full_size,
       frame=frame,
-      examples={s: lambda rows=rows: _read(rows, store) for s, rows in examples.items()},
+      examples={s: lambda rows=rows: _read(rows, store, full_size)
+                for s, rows in examples.items()},
       data_dir=directory,
     ),
     data_dir,
@@ -293,7 +296,7 @@ def _prepare_arrays(source: str, arrays: Arrays, data_dir: pathlib.Path, size: i
   return _report(final, data_dir)
 
 
-def _read(rows, store: pathlib.Path) -> Iterator[dict]:
+def _read(rows, store: pathlib.Path, full_size: int) -> Iterator[dict]:
   """The examples as schema.features wants them, their JPEGs checked once more."""
   for entries in rows:
     jpegs = [(store / result.name).read_bytes() for _, result in entries]
@@ -306,8 +309,22 @@ def _read(rows, store: pathlib.Path) -> Iterator[dict]:
       "image_ids": [photograph.image_id for photograph, _ in entries],
       "eyes": [photograph.eye for photograph, _ in entries],
       "levels": [photograph.level for photograph, _ in entries],
-      "boxes": [],
+      "boxes": [
+        {"eye": eye, "type": kind, "box": box}
+        for eye, entry in enumerate(entries) for kind, box in _boxes(*entry, full_size)
+      ],
     }
+
+
+def _boxes(
+  photograph: Photograph, result: photographs.Done, full_size: int
+) -> list[tuple[int, np.ndarray]]:
+  """(type, box float32 [4] in the stored photograph) of the lesions within its field of view."""
+  if not photograph.boxes:
+    return []
+  kinds = [kind for kind, *_ in photograph.boxes]
+  placed, inside = result.placement.place([box for _, *box in photograph.boxes], full_size)
+  return [(kind, box) for kind, box, there in zip(kinds, placed, inside, strict=True) if there]
 
 
 def _index(folder: pathlib.Path) -> dict | None:
@@ -345,6 +362,11 @@ def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size
   if stretched := count(photographs.STRETCHED):
     console.warn(f"{stretched} photographs are no squares and were stretched: the frame is theirs "
                  "as a whole")
+  drawn = sum(len(photograph.boxes) for photograph, _ in kept)
+  lost = drawn - sum(len(_boxes(*entry, full_size)) for entry in kept)
+  if lost:
+    console.warn(f"{lost} of {drawn} lesions lie in the black border that is cut off and are left "
+                 "out")
 
 
 def _write_rejected(data_dir: pathlib.Path, rejected: Sequence[Sequence[str]]) -> None:

@@ -9,16 +9,17 @@ are within limits. A picture that cannot be used raises BadImage, whose text is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest fundus cameras have 50 million
@@ -114,6 +115,23 @@ def load_photograph(path: str | os.PathLike, least: int = MIN_SIDE) -> np.ndarra
 
 def decode_photograph(content: bytes, least: int = MIN_SIDE) -> np.ndarray:
   """load_photograph of a file's bytes."""
+  return _decoded(content, least, _upright_rgb)
+
+
+def decode_mask(content: bytes) -> np.ndarray:
+  """bool [h, w]: where the picture of a file's bytes is bright, as the file has it, not turned.
+
+  Bright is more than half as bright as its brightest pixel: a mask may be of 0 and 1, 0 and 255, or
+  of black and a colour. Raises BadImage as load_photograph does.
+  """
+  gray = _decoded(content, MIN_SIDE, lambda image: np.asarray(image.convert("L")))
+  return gray > gray.max() // 2
+
+
+def _decoded(
+  content: bytes, least: int, pixels: Callable[[Image.Image], np.ndarray]
+) -> np.ndarray:
+  """`pixels` of the picture of these bytes, opened with care, and loaded."""
   with warnings.catch_warnings():
     # PIL warns of oddities that either do not matter or end in an error below.
     warnings.simplefilter("ignore")
@@ -129,7 +147,7 @@ def decode_photograph(content: bytes, least: int = MIN_SIDE) -> np.ndarray:
       raise BadImage(f"has more than {MAX_SCANS} scans")
     try:
       image.load()
-      return _upright_rgb(image)
+      return pixels(image)
     except BadImage:
       raise
     except Exception as error:
@@ -137,12 +155,15 @@ def decode_photograph(content: bytes, least: int = MIN_SIDE) -> np.ndarray:
       raise BadImage(f"is damaged ({text or type(error).__name__})") from None
 
 
-def prepare_photograph(image: np.ndarray, full_size: int) -> np.ndarray:
+def prepare_photograph(
+  image: np.ndarray, full_size: int, edges: tuple[int, int, int, int] | None = None
+) -> np.ndarray:
   """Crops the black border, pads to a square with black, and resizes (papers: §1, data path).
 
   Args:
     image: uint8 [h, w, 3].
     full_size: S, the side of the result in pixels.
+    edges: the image's field_of_view, where that is known already.
 
   Returns:
     uint8 [S, S, 3]. A picture that is cropped already keeps its pixels.
@@ -150,7 +171,7 @@ def prepare_photograph(image: np.ndarray, full_size: int) -> np.ndarray:
   Raises:
     BadImage: nothing but black, or nothing but a small spot.
   """
-  y0, y1, x0, x1 = field_of_view(image)
+  y0, y1, x0, x1 = edges or field_of_view(image)
   image = image[y0:y1, x0:x1]
   height, width = image.shape[:2]
   side = max(height, width)
@@ -165,6 +186,78 @@ def prepare_photograph(image: np.ndarray, full_size: int) -> np.ndarray:
     (full_size, full_size), Image.Resampling.LANCZOS, reducing_gap=3.0
   )
   return np.array(resized)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where a photograph's pixels went: turned upright, cropped, padded and resized.
+
+  Attributes:
+    orientation: EXIF's number of the turn, 1 (none) to 8. height, width: of the upright picture.
+    y0, y1, x0, x1: the part of it that is kept.
+    padded: to a square, as by prepare_photograph; or stretched to one, as by fit_aligned.
+  """
+
+  orientation: int
+  height: int
+  width: int
+  y0: int
+  y1: int
+  x0: int
+  x1: int
+  padded: bool
+
+  def __str__(self) -> str:
+    return "-".join(str(int(value)) for value in dataclasses.astuple(self))
+
+  @classmethod
+  def parse(cls, text: str) -> Placement:
+    """What str() was made of."""
+    *numbers, padded = map(int, text.split("-"))
+    return cls(*numbers, bool(padded))
+
+  def place(self, boxes: np.ndarray, full_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes that were drawn on the file's own pixels, on those of the prepared photograph.
+
+    Args:
+      boxes: [n, 4] of y0, x0, y1, x1 in pixels as the file has them, before EXIF's turn.
+      full_size: S, the side of the prepared photograph.
+
+    Returns:
+      float32 [n, 4], y0, x0, y1, x1 in the prepared photograph; and bool [n], false for a box that
+      lies in the border that was cut off.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    y, x = boxes[:, ::2], boxes[:, 1::2]
+    swapped = self.orientation >= 5
+    rows, columns = (self.width, self.height) if swapped else (self.height, self.width)
+    if self.orientation in (3, 4, 6, 7):
+      y = rows - y[:, ::-1]
+    if self.orientation in (2, 3, 7, 8):
+      x = columns - x[:, ::-1]
+    if swapped:
+      y, x = x, y
+    y, x = np.clip(y, self.y0, self.y1) - self.y0, np.clip(x, self.x0, self.x1) - self.x0
+    inside = (y[:, 0] < y[:, 1]) & (x[:, 0] < x[:, 1])
+    tall, wide = self.y1 - self.y0, self.x1 - self.x0
+    if self.padded:
+      side = max(tall, wide)
+      y, x = y + (side - tall) // 2, x + (side - wide) // 2  # the black beside it
+      tall = wide = side
+    y, x = y * (full_size / tall), x * (full_size / wide)
+    placed = np.stack([y[:, 0], x[:, 0], y[:, 1], x[:, 1]], axis=1)
+    return placed.astype(np.float32), inside
+
+
+def orientation(content: bytes) -> int:
+  """EXIF's number of the turn that decode_photograph gives the picture of these bytes, 1 to 8."""
+  with warnings.catch_warnings(), contextlib.suppress(Exception):
+    warnings.simplefilter("ignore")
+    # Before it is loaded: a TIFF is turned, and forgets that it was, while it loads.
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+      number = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return number if number in range(1, 9) else 1
+  return 1  # as there: EXIF that cannot be read turns nothing
 
 
 def fit_aligned(image: np.ndarray, size: int, channels: int) -> np.ndarray:

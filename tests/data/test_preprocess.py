@@ -263,3 +263,72 @@ def test_an_aligned_image_is_fitted_and_never_cropped():
   for shape, why in (((20, 24), "at least 24"), ((200, 30, 3), "too thin")):
     with pytest.raises(BadImage, match=why):
       fit(np.zeros(shape, np.uint8), 24, 1)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind, width, height, frame", [
+  ("JPEG", 200, 120, "cropped"), ("JPEG", 100, 160, "cropped"), ("TIFF", 200, 120, "cropped"),
+  ("JPEG", 100, 160, "whole"),
+])  # fmt: skip
+def test_a_box_stays_on_its_lesion(make, kind, width, height, frame, turn):
+  """Cropped, padded, resized or stretched, and turned by EXIF, in each of its eight ways."""
+  y0, x0, y1, x1 = box = (height // 2 - 31, width // 2 + 9, height // 2 - 12, width // 2 + 21)
+  image = np.pad(make.eye_picture(width, height), ((7, 0), (0, 13), (0, 0)))
+  image[height // 2 + 25 :] = 0  # so that what is kept is no square
+  image[y0:y1, x0:x1] = (0, 0, 255)
+  exif = Image.Exif()
+  exif[0x0112] = turn
+  content = make.encoded(image, kind, exif=exif, **({"subsampling": 0} if kind == "JPEG" else {}))
+  upright = preprocess.decode_photograph(content)
+  whole = (0, upright.shape[0], 0, upright.shape[1])
+  edges = whole if frame == "whole" else preprocess.field_of_view(upright)
+  tall, wide = edges[1] - edges[0], edges[3] - edges[2]
+  assert tall != wide and (frame == "whole" or all(np.not_equal(edges, whole).reshape(2, 2).any(1)))
+  placement = preprocess.Placement(
+    preprocess.orientation(content), *upright.shape[:2], *edges, frame == "cropped")
+  assert placement.orientation == turn
+  assert preprocess.Placement.parse(str(placement)) == placement
+  for size in (64, 333):
+    prepared = (preprocess.fit_aligned(upright, size, 3) if frame == "whole" else
+                preprocess.prepare_photograph(upright, size)).astype(int)
+    blue = prepared[..., 2] > prepared[..., 0] + 60
+    rows, columns = (np.flatnonzero(blue.any(axis=axis)) for axis in (1, 0))
+    (placed, _), inside = placement.place([box, (0, 0, 3, width)], size)
+    assert placed.dtype == np.float32 and list(inside) == [True, frame == "whole"]
+    got = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
+    np.testing.assert_allclose(placed, got, atol=0.5 + 1.1 * size / min(tall, wide))
+  # What reaches into the border ends where that does.
+  (everything, *_), _ = placement.place([(0, 0, 10**6, 10**6)], 100)
+  assert everything.min() >= 0 and everything.max() == pytest.approx(100)
+
+
+def test_a_turn_that_is_none_is_none(make, picture):
+  assert preprocess.orientation(make.encoded(picture)) == 1
+  for number in (0, 9, 77):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    content = make.encoded(picture, exif=exif)
+    assert preprocess.orientation(content) == 1
+    assert preprocess.decode_photograph(content).shape == picture.shape
+  assert preprocess.orientation(b"no picture") == 1
+
+
+def test_masks_of_every_kind_are_where_they_are_bright(make):
+  lit = np.zeros((60, 90), bool)
+  lit[10:20, 30:50] = True
+  palette = Image.fromarray(lit.astype(np.uint8), "P")
+  palette.putpalette([0, 0, 0, 255, 0, 0] + [0] * 762)
+  coloured = np.where(lit[..., None], np.uint8([128, 0, 0]), np.uint8(0))
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  for image, kind, options in (
+    (palette, "TIFF", {"compression": "tiff_lzw"}), (Image.fromarray(lit), "TIFF", {}),
+    (Image.fromarray(lit * np.uint8(1)), "PNG", {}), (Image.fromarray(coloured), "PNG", {}),
+    (Image.fromarray(coloured).convert("RGBA"), "PNG", {}),
+    (Image.fromarray(lit * np.uint8(255)), "BMP", {}),
+    (Image.fromarray(lit * np.uint8(255)), "PNG", {"exif": exif}),
+  ):  # fmt: skip
+    np.testing.assert_array_equal(preprocess.decode_mask(make.encoded(image, kind, **options)), lit)
+  assert not preprocess.decode_mask(make.encoded(np.zeros((40, 40), np.uint8), "PNG")).any()
+  with pytest.raises(BadImage, match="no picture"):
+    preprocess.decode_mask(b"no mask")

@@ -9,6 +9,7 @@ from medattn_jax.errors import UserError, nearest
 
 PREPARED = (  # by `medattn prepare --source=NAME`
   "csv", "npz", "fer2013",
+  "eyepacs", "messidor", "messidor2", "idrid",
   "aptos", "ddr", "deepdrid",
 )  # fmt: skip
 # Made on first use: each a module of this package, with build(data_dir, *, size, **numbers).

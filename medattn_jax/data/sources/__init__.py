@@ -32,6 +32,10 @@ class Photograph:
   patient: str
   eye: str  # "left", "right" or ""
   split: str  # "" until assign_splits
+  entry: str = ""  # the picture's name within `path`, where that is a zip archive
+  # Lesions: (index of schema.TYPES, y0, x0, y1, x1), in pixels as the file has them (before EXIF
+  # turns them), y1 and x1 the first that are beyond.
+  boxes: tuple[tuple[int, int, int, int, int], ...] = ()
   drawn: bool = False  # the split was drawn by chance
 
 
