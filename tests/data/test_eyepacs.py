@@ -102,6 +102,9 @@ def test_archives_that_are_not_unpacked_are_told_with_what_to_do(raw):
   raw.mkdir()
   with pytest.raises(UserError, match=r"no photographs with their labels; accepted: .*trainLabels"):
     read(raw)
+  (raw / "diabetic-retinopathy-detection.zip").write_bytes(b"PK")
+  with pytest.raises(UserError, match=r"labels; diabetic-retinopathy-detection\.zip is not unp"):
+    read(raw)
 
 
 def test_rows_of_no_use_cost_themselves_alone(raw):

@@ -11,7 +11,7 @@ from medattn_jax.errors import UserError
 # As in the sheet, the file, the grade, whether gradable.
 ROWS = [
   ("20051020_43808_0100_PP.png", "20051020_43808_0100_PP.png", "0", "1"),
-  ("20051020_43832_0100_PP.png", "20051020_43832_0100_PP.png", "2", "1"),
+  ("20051020_43832_0100_PP.png", "20051020_43832_0100_PP.tif", "2", "1"),  # saved otherwise
   ("IM000023.jpg", "IM000023.JPG", "1", "1"),
   ("IM000024.jpg", "IM000024.JPG", "4", "1"),
   ("IM002385.jpg", "IM002385.JPG", "", "0"),
@@ -24,7 +24,7 @@ PAIRS = "left;right\n" + "".join(f"{ROWS[n][1]};{ROWS[n + 1][1]}\n" for n in (0,
 def raw(camera, make):
   (camera.folder / "IMAGES").mkdir()
   for seed, (_, name, *_) in enumerate(ROWS):
-    kind = "PNG" if name.endswith("png") else "JPEG"
+    kind = {"png": "PNG", "tif": "TIFF", "JPG": "JPEG"}[name[-3:]]
     picture = make.encoded(make.eye_picture(120, 90, seed), kind)
     (camera.folder / "IMAGES" / name).write_bytes(picture)
   write_grades(camera.folder, [(name, grade, "0", gradable) for name, _, grade, gradable in ROWS])

@@ -68,6 +68,8 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
     rejected += [(f"{inner}/{where}", reason) for where, reason in files.closed]
     rejected += [(f"{inner}/{picture}", why) for picture in files.unasked()]
   if not usable:
+    if not notes:  # as Kaggle's tool leaves the whole, all in one
+      notes += [f"{path.name} is not unpacked" for path in sorted(folder.glob("*.zip*"))[:1]]
     raise UserError(f"--input={folder} has no photographs with their labels"
                     f"{''.join(f'; {note}' for note in notes)}; accepted: {WHAT}")
   if (folder / "sample").is_dir():
