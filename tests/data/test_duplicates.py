@@ -19,7 +19,8 @@ def entries(*rows):
   found = []
   for name, content, split, *more in rows:
     patient, level, drawn = [*more, *(name, 0, False)[len(more) :]]
-    found.append((Photograph(name, None, level, patient, "", split, drawn), Done(pixels=content)))
+    photograph = Photograph(name, None, level, patient, "", split, drawn=drawn)
+    found.append((photograph, Done(pixels=content)))
   return found
 
 
