@@ -76,7 +76,7 @@ def run(
      "best_single": best, "best_chosen_on": chosen},
     {name: getattr(first, name) for name in ("image", "patient", "eye", "level")}, graded,
     whole=WHOLE, singles=names, best=best, seed=0,
-    words=("gain over the best", "gain over a single one"),
+    words=("gain over the best single", "gain over a single, mean"),
     title=f"{len(runs)} runs and the mean of their probabilities",
     notes=[f"{best} is the best single one on {chosen}"])
 

@@ -90,7 +90,7 @@ def run(
     {"run": source, "views": views, "thresholds_from": model.thresholds_from
      if validation is None else "validation", "all_views_agree": agreed, "seconds": seconds},
     table, graded, whole=f"mean of {views} views", singles=NAMES[:views], best=NAMES[0],
-    words=("gain over one view", "gain over any view"), seed=model.config.seed,
+    words=("gain over one view, as it is", "gain over one view, mean"), seed=model.config.seed,
     title=f"{writing.about(source)}: the mean of {views} views",
     notes=[f"all {views} views name the same class for {agreed:.1%} of the photographs; "
            f"{views} answers each took {seconds:.1f} s, compiling included"])
