@@ -96,10 +96,10 @@ def test_each_row_of_the_eyepacs_table(sets, tmp_path):
   printed = medattn("study", "table", *first, *zooms)
   rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()
           if line.startswith("|")]
-  found = {(row[0], row[1], row[2]) for row in rows}
+  found = {(row[0], row[1], row[5]) for row in rows}
   for method in ("M-Net", "M-Net + A-Net", "Zoom-in-Net"):
     for split in ("validation", "test"):
-      assert (method, "quadratic weighted kappa", split) in found, printed
+      assert (method, "quadratic weighted kappa", f"eyepacs, {split}") in found, printed
   assert any(method.startswith("ensemble") for method, *_ in found), printed
   for figure in ("referable: AUC", "abnormal: AUC"):
     assert any(row[:2] == ("Zoom-in-Net", figure) for row in found), printed
