@@ -2,7 +2,7 @@
 
 Command:   medattn train --config=configs/smoke.py --workdir=runs/smoke
 Hardware:  two CPU cores.
-Time:      30 to 33 s, most of it compiling; the drawing of the photographs included. 6 s when run again.
+Time:      30 to 33 s, most of it compiling, drawing the photographs included; 6 s when run again.
 Score:     none to speak of: it shows that everything runs, not that it learns.
 """
 
