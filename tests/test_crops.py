@@ -129,13 +129,14 @@ def test_receptive_field_masks_the_cells_whose_centres_it_covers():
 def test_responses_say_whose_map_and_how_strong():
   maps = np.zeros((1, 14, 14, 5), np.float32)
   maps[0, 3, 3, 2], maps[0, 10, 10, 4], maps[0, ..., 0] = 5, 3, 99
-  found = crops.responses(maps, 140, 40, 4, "all")
+  respond = jax.jit(crops.responses, static_argnums=(1, 2, 3, 4))
+  found = respond(maps, 140, 40, 4, "all")
   assert found.levels[0, :2].tolist() == [2, 4]
   grown = whole_number_resize(maps[0, ..., 2].astype(int), 140) / 280**2
   assert found.strengths[0, 0] == pytest.approx(grown.max(), rel=1e-6)
-  np.testing.assert_array_equal(found.centres, crops.select_regions(maps, 140, 40, 4, "all"))
+  np.testing.assert_array_equal(found.centres, select(maps, 140, 40, 4, "all"))
   # Four windows over a whole image leave nothing to the fifth.
-  all_taken = crops.responses(maps[:, :2, :2], 32, 31, 8, "all").strengths[0]
+  all_taken = respond(maps[:, :2, :2], 32, 31, 8, "all").strengths[0]
   assert np.isfinite(all_taken[0]) and np.isneginf(all_taken[-1])
 
 
