@@ -13,6 +13,8 @@ from medattn_jax.errors import UserError
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "planted_region.py"
 SIZE, IMAGES, BATCH = 16, 70, 16
 
+SLOW = pytest.mark.slow
+
 
 def page(**overrides):
   values = {
@@ -63,8 +65,8 @@ def run(settings, devices, steps=3):
 
 
 @pytest.mark.parametrize("source, classifier", [
-  ("bank", "linear"), ("bank", "conv"), ("batch", "linear"), ("stats", "linear"),
-  ("free", "linear"), ("none", "linear")])
+  ("bank", "linear"), ("bank", "conv"), ("batch", "linear"),
+  *(pytest.param(source, "linear", marks=SLOW) for source in ("stats", "free", "none"))])
 def test_eight_devices_give_what_one_gives(source, classifier):
   settings = page(**{
     "attention.source": source, "attention.classifier": classifier, "attention.area": 0.1,
@@ -83,6 +85,7 @@ def test_eight_devices_give_what_one_gives(source, classifier):
     assert kernel.sharding.spec == jax.sharding.PartitionSpec("data")
 
 
+@SLOW
 def test_the_gradient_of_the_map_is_that_of_the_whole_loss():
   """The split into summand, map and network is exact: against plain autodiff on one device."""
   import jax.numpy as jnp
@@ -235,9 +238,6 @@ def test_a_page_that_cannot_be_built(overrides, said):
 def test_sources_that_there_are_not(value):
   with pytest.raises(UserError, match="none, bank, bank:K"):
     page(**{"attention.source": value})
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("backbone, pixels, stem", [

@@ -85,6 +85,7 @@ def killed(workdir, *more):
   assert Checkpoints(workdir / "checkpoints").steps()[-1] < 60
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_equal_maps_and_all(finished, raw, tmp_path):
   killed(tmp_path / "run", *flags(raw[0]))
   status, _, err = train(tmp_path / "run", *flags(raw[0]))
@@ -110,6 +111,7 @@ def test_the_frozen_map_is_the_checkpoints_to_the_end(finished):
   assert metrics["thresholds"] is None and metrics["attention"]["iou"] is None
 
 
+@pytest.mark.slow
 def test_other_images_in_the_bank_are_refused(finished, raw, tmp_path):
   killed(tmp_path / "run", *flags(raw[0]))
   status, _, err = train(tmp_path / "run", *flags(raw[1]))

@@ -133,7 +133,7 @@ def _convolve_tiny(x, kernel, stride, padding):
 
   (XLA's CPU convolution is twenty times slower where the kernel is the larger one.)
   """
-  sides = [(side + 2 * around - size) // stride + 1
+  sides = [max(0, (side + 2 * around - size) // stride + 1)
            for side, size, around in zip(x.shape[1:3], kernel.shape, padding, strict=False)]
 
   def within(axis, tap):
@@ -143,7 +143,7 @@ def _convolve_tiny(x, kernel, stride, padding):
     end = min(sides[axis], (x.shape[1 + axis] - 1 + behind) // stride + 1)
     return first, end, slice(first * stride - behind, (end - 1) * stride - behind + 1, stride)
 
-  y = 0
+  y = jnp.zeros((len(x), *sides, kernel.shape[-1]), x.dtype)
   for row, column in np.ndindex(kernel.shape[:2]):
     (top, bottom, rows), (left, right, columns) = within(0, row), within(1, column)
     if top < bottom and left < right:

@@ -101,8 +101,9 @@ def test_one_by_one_is_the_convolution(stride):
 
 
 @pytest.mark.parametrize("kernel, stride, padding", [
-  ((3, 3), 1, None), ((3, 3), 2, None), ((1, 7), 1, None), ((2, 3), 1, (1, 2))])
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (3, 1)])
+  ((3, 3), 1, None), ((3, 3), 2, None), ((1, 7), 1, None), ((2, 3), 1, (1, 2)),
+  ((3, 3), 1, (0, 0))])
+@pytest.mark.parametrize("size", [(0, 0), (1, 1), (2, 2), (1, 2), (3, 1)])
 def test_features_smaller_than_the_kernel(size, kernel, stride, padding):
   x = np.random.default_rng(4).normal(size=(2, *size, 5)).astype(np.float32)
   conv = Conv(4, kernel, stride, padding)
