@@ -290,6 +290,7 @@ def test_a_first_training_that_is_refused_leaves_no_trace(tmp_path, data_dir, fl
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_another_device_count_goes_on(finished, tmp_path, data_dir):
   workdir = tmp_path / "run"
   process = start(workdir, data_dir)

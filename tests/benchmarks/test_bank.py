@@ -30,6 +30,7 @@ def run(*words):
     env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
+@pytest.mark.slow
 def test_it_measures_without_tensorflow_and_config_pages(tmp_path):
   done = run("--classifiers=linear", f"--plot={tmp_path / 'figure.png'}")
   assert done.returncode == 0, done.stderr
