@@ -20,8 +20,8 @@ MAX_BYTES = preprocess.MAX_BYTES  # of one entry, unpacked
 MAX_ENTRIES = 100_000
 # What a damaged archive raises while it is read; zipfile says NotImplementedError where a byte of
 # it names a compression that there is not, and RuntimeError where one says that it is locked.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError,
-          OSError, MemoryError, struct.error)
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError)
+_UNREADABLE = (*DAMAGE, OSError, MemoryError, struct.error)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # lzma takes the memory a header asks for
 
 
@@ -34,7 +34,7 @@ def entries(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]]]:
     try:
       with zipfile.ZipFile(file) as archive:
         found = [entry for entry in archive.infolist() if not entry.is_dir()]
-    except DAMAGE as error:
+    except _UNREADABLE as error:
       raise preprocess.BadImage(f"is no zip archive, or damaged ({_line(error)})") from None
   if len(found) > MAX_ENTRIES:
     raise preprocess.BadImage(f"has {len(found)} entries, more than {MAX_ENTRIES}")
@@ -66,7 +66,7 @@ def read(path: str | os.PathLike, name: str) -> bytes:
       raise preprocess.BadImage(f"is no more in {os.path.basename(path)}") from None
     except preprocess.BadImage:
       raise
-    except DAMAGE as error:
+    except _UNREADABLE as error:
       raise preprocess.BadImage(f"is damaged within its archive ({_line(error)})") from None
   if not content:
     raise preprocess.BadImage("is empty (0 bytes)")

@@ -11,13 +11,13 @@ import contextlib
 import math
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from typing import BinaryIO, NoReturn
 
 import numpy as np
 
 from medattn_jax.data import schema, sources
+from medattn_jax.data.archives import DAMAGE
 from medattn_jax.errors import UserError
 
 KEYS = {"train": "train", "validation": "val", "test": "test"}
@@ -27,9 +27,6 @@ MAX_PHOTOGRAPHS = 10**7
 WHAT = "one .npz file with {train,val,test}_images and {train,val,test}_labels"
 IMAGES = "uint8 [N, H, H] or [N, H, H, 3]"
 LABELS = f"whole numbers [N, 1], 0 to {schema.MAX_CLASSES - 1}"
-# What a damaged archive raises while it is read; zipfile says NotImplementedError where a byte of
-# it names a compression that there is not.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError)
 
 
 def read(place: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -> sources.Arrays:

@@ -11,17 +11,15 @@ import io
 import pathlib
 import re
 import zipfile
-import zlib
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+from medattn_jax.data import archives
 from medattn_jax.errors import UserError
 
 LIMIT = 32 * 2**20  # bytes of a part of the archive, unpacked
 MAX_COLUMNS = 256
-# What a damaged archive raises while it is read, and damaged XML.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError,
-          expat.ExpatError)
+DAMAGE = (*archives.DAMAGE, expat.ExpatError)
 STRINGS = "xl/sharedStrings.xml"
 _SHEET = re.compile(r"xl/worksheets/[^/]*?(\d*)\.xml")
 _PLACE = re.compile(r"([A-Z]{1,3})\d+")
