@@ -19,12 +19,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAME = "medattn_jax"
 
 # From the ground up. A module imports from the floors below its own, and never from its own floor
-# unless that floor is one of SHARED. A folder (models, data, analysis) is one piece.
+# unless that floor is one of SHARED. A folder (models, data, analysis, programs) is one piece.
 FLOORS = (
   {"errors", "console", "files", "manifest", "arrays", "signals", "processes"},
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "initial",
    "checkpoint", "config", "workdir"},
-  {"models", "data", "analysis"},
+  {"models", "data", "analysis", "programs"},
   {"step", "bank"},
   {"experiment"},
   {"trained", "train", "evaluate", "explain", "explain_map", "predictor", "export", "doctor",
@@ -51,7 +51,7 @@ ADDRESS = {
   "matplotlib": {"analysis"},
   "torch": {"models"},
   "runpy": {"config"},  # a config page is a program, and nothing else is
-  "importlib": {"__init__", "config", "models", "data", "doctor", "studies"},
+  "importlib": {"__init__", "config", "models", "data", "doctor", "programs", "studies"},
 }
 # Who may not import a library, not even by way of another module that is imported at its top.
 _NO_TENSORFLOW = ("tensorflow", "tensorflow_datasets", "clu")

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from benchmarks import bank, targets
+from benchmarks import bank
+from medattn_jax.programs import chips
 
 ROOT = pathlib.Path(__file__).parents[2]
 # None in sys.modules: importing it fails as if it were not installed.
@@ -45,7 +46,7 @@ def test_it_measures_without_tensorflow_and_config_pages(tmp_path):
 
 
 def test_a_target_without_its_compiler_is_named():
-  absent = [name for name in targets.NAMES if targets.missing(name)]
+  absent = [name for name in chips.CHIPS if chips.missing(chips.target(name))]
   if not absent:
     pytest.skip("all compilers are installed")
   done = run(f"--target={absent[0]}")

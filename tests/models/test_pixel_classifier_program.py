@@ -1,7 +1,7 @@
 """The compiled first layer of the pixel classifier: one pass over the bank, and no copy of it.
 
 For the processor here, and for a GPU and a TPU where their compilers are installed (in a process
-of their own: see benchmarks/targets.py). No such chip is needed.
+of their own: see programs/chips.py). No such chip is needed.
 """
 
 import json
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import targets, traffic
 from medattn_jax.models import pixel_classifier
+from medattn_jax.programs import chips, traffic
 
 ROWS, SIDE = 16384, 64
 BANK = ROWS * SIDE * SIDE  # 64 MiB
@@ -53,7 +53,7 @@ def of_target():
   found = {}
 
   def compile_all(target):
-    if reason := targets.missing(target):
+    if reason := chips.missing(chips.target(target)):
       pytest.skip(reason)
     if target not in found:
       root = pathlib.Path(__file__).parents[2]
@@ -113,6 +113,6 @@ def test_a_second_pass_would_be_seen():
 
 
 if __name__ == "__main__":
-  targets.prepare()
-  chip = targets.device(sys.argv[1])
+  os.environ.update(chips.ENVIRONMENT)
+  chip = chips.devices(chips.target(sys.argv[1]))[0]
   print(json.dumps({f"{name} {part}": program(name, part, chip) for name, part in PARTS}))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import traffic
+from medattn_jax.programs import traffic
 
 
 def compiled(function, *shapes):

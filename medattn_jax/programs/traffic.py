@@ -1,4 +1,4 @@
-"""The bytes that a compiled program moves, a loop's body counted as often as it runs.
+"""A compiled program's text, and the bytes it moves, a loop's body counted as often as it runs.
 
 XLA's own cost analysis counts a loop's body once, and the GPU's compiler gives none. This reads the
 optimised program's text: what each instruction reads and writes of arrays that lie in memory, by
@@ -55,7 +55,7 @@ def moved(text: str) -> dict[str, int]:
   return dict(_computation(program, entry))
 
 
-def floats(text: str, elements: int) -> list[str]:
+def floats(text: str, least: int) -> list[str]:
   """Every array of floats of at least so many elements that the program puts into memory.
 
   What is within a fusion, and so never in memory, is not looked at.
@@ -64,7 +64,7 @@ def floats(text: str, elements: int) -> list[str]:
   waiting, seen, found = [entry], set(), set()
   while waiting:
     for one in program[waiting.pop()].values():
-      arrays = (array for array in _ARRAY.finditer(one.shape) if _elements(array) >= elements)
+      arrays = (array for array in _ARRAY.finditer(one.shape) if _elements(array) >= least)
       found |= {array.group() for array in arrays if array.group(1) in _FLOATS}
       below = set(_BELOW.findall(one.rest)) - seen if one.kind != "fusion" else set()
       below |= set(_names(_BRANCHES.search(one.rest))) - seen
@@ -111,7 +111,12 @@ def _elements(array: re.Match) -> int:
   return math.prod(int(side) for side in array.group(2).split(",") if side)
 
 
-def _size(shape: str) -> collections.Counter:
+def elements(shape: str) -> int:
+  """Numbers in an array's or a tuple's type."""
+  return sum(_elements(array) for array in _ARRAY.finditer(shape))
+
+
+def size(shape: str) -> collections.Counter:
   """{dtype: bytes} of an array's or a tuple's type."""
   found = collections.Counter()
   for array in _ARRAY.finditer(shape):
@@ -129,7 +134,7 @@ def _computation(program: Program, name: str) -> collections.Counter:
 
 def _instruction(program: Program, inside: str, one: Instruction) -> collections.Counter:
   called = lambda key: re.search(rf"\b{key}=%?([\w.\-]+)", one.rest)
-  size = lambda name: _size(program[inside][name].shape)
+  given = lambda name: size(program[inside][name].shape)
   if one.kind in _FREE or one.kind.endswith("-done"):
     return collections.Counter()
   if one.kind == "while":
@@ -145,12 +150,12 @@ def _instruction(program: Program, inside: str, one: Instruction) -> collections
       called(key).group(1) for key in ("true_computation", "false_computation")]
     return max((_computation(program, name) for name in names), key=collections.Counter.total)
   if one.kind == "fusion":
-    return _fusion(program, one, [size(name) for name in one.operands], called("calls").group(1))
+    return _fusion(program, one, [given(name) for name in one.operands], called("calls").group(1))
   if one.kind in ("dynamic-slice", "slice", "gather"):
-    return _size(one.shape) + _size(one.shape)
+    return size(one.shape) + size(one.shape)
   if one.kind == "dynamic-update-slice":
-    return size(one.operands[1]) + size(one.operands[1])
-  return sum((size(name) for name in one.operands), _size(one.shape))
+    return given(one.operands[1]) + given(one.operands[1])
+  return sum((given(name) for name in one.operands), size(one.shape))
 
 
 def _fusion(program, one, operands, called) -> collections.Counter:
@@ -167,7 +172,7 @@ def _fusion(program, one, operands, called) -> collections.Counter:
     while root.kind in _SAME and root.operands:
       root = body[root.operands[0]]
     written = body[root.operands[1]] if root.kind == "dynamic-update-slice" else root
-    total += _size(written.shape)
+    total += size(written.shape)
   return total
 
 
@@ -177,7 +182,7 @@ def _read(body, name, whole) -> collections.Counter:
     if user.kind in _SAME:
       total += _read(body, user.name, whole)
     elif user.kind in ("slice", "dynamic-slice") and user.operands[0] == name:
-      total += _size(user.shape)
+      total += size(user.shape)
     elif not (user.kind == "dynamic-update-slice" and user.operands[0] == name):
       return whole
   return +collections.Counter({kind: min(n, whole[kind]) for kind, n in total.items()})

@@ -1,0 +1,59 @@
+"""The time that a compiled program needs at least, by a chip's data sheet: a model, no measurement.
+
+A step takes as long as its arithmetic at the chip's peak or its bytes at the memory's bandwidth,
+whichever is longer, and then its collectives, as if nothing hid them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from medattn_jax.programs.chips import Chip
+from medattn_jax.programs.report import Report
+
+LAUNCH = 10e-6  # seconds that a collective costs however little it carries [choice]
+
+
+class Bound(NamedTuple):
+  """Seconds of one step on one device.
+
+  Attributes:
+    arithmetic, memory, collectives: each part alone.
+    compiler: its own estimate of all but the collectives, of TPUs alone.
+  """
+
+  arithmetic: float
+  memory: float
+  collectives: float
+  compiler: float | None
+
+  @property
+  def seconds(self) -> float:
+    """The longest of what is known of the program, and its collectives."""
+    return max(self.arithmetic, self.memory, self.compiler or 0.0) + self.collectives
+
+  @property
+  def by(self) -> str:
+    """What bounds it: "arithmetic", "memory" or "collectives"."""
+    parts = {name: getattr(self, name) for name in ("arithmetic", "memory", "collectives")}
+    return max(parts, key=parts.get)
+
+
+def bound(flops: float, accessed: float, wire: float, launches: int, devices: int, chip: Chip,
+          compiler: float | None = None) -> Bound:
+  """The bound of a step of so many operations, and bytes of memory and of collectives, a device."""
+  return Bound(
+    flops / chip.flops, accessed / chip.bandwidth,
+    reduced(wire, devices, chip) + (launches * LAUNCH if devices > 1 else 0.0), compiler)
+
+
+def reduced(count: float, devices: int, chip: Chip) -> float:
+  """Seconds of a ring's all-reduce of so many bytes: each crosses a link twice, but for 1/n."""
+  return 2 * (devices - 1) / devices * count / chip.link
+
+
+def of(report: Report, flops: float, accessed: float, devices: int, chip: Chip) -> Bound:
+  """The bound of a compiled program; `flops` and `accessed` a device, where it tells none."""
+  return bound(
+    report.flops or flops, report.accessed or accessed, sum(report.wire.values()),
+    len(report.collectives), devices, chip, report.seconds)
