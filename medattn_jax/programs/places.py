@@ -1,0 +1,86 @@
+"""Where in the model a compiled program spends: its instructions gathered by the code they are of.
+
+JAX writes the path of modules and transformations into every instruction's op_name. A fusion bears
+the name of one of its instructions, its root's as a rule, so a shared pass is booked to one place.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import NamedTuple
+
+from medattn_jax.programs import report, traffic
+
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
+_WRAPPED = re.compile(r"\w+\((.*)\)$")  # by a transformation: jvp(…), transpose(jvp(…)), jit(…)
+# Names in a path that are of JAX itself, besides those of transformations.
+_OF_JAX = {"shard_map", "while", "body", "cond", "scan", "closed_call", "checkpoint",
+           "rematted_computation", "custom_jvp_call", "custom_vjp_call", "branch_0_fun",
+           "branch_1_fun"}
+
+
+class Share(NamedTuple):
+  """What the instructions of one place cost together; "–" is no module's."""
+
+  direction: str
+  place: str
+  cost: int
+
+
+class Single(NamedTuple):
+  """One instruction: what it costs, and what it is."""
+
+  cost: int
+  name: str
+  kind: str
+  shape: str
+  direction: str
+  place: str
+
+
+class Places(NamedTuple):
+  """`unit`: cycles or bytes; `total` of the program; `shares` and `singles` with the dearest first.
+  """
+
+  unit: str
+  total: int
+  shares: tuple[Share, ...]
+  singles: tuple[Single, ...]
+
+
+def of(text: str, depth: int, largest: int, rounds: int = 1) -> Places:
+  """Gathers a compiled program's costs by place, `depth` modules deep; lists the `largest` singly.
+
+  Cycles where the compiler counts them, else the bytes moved. `rounds`: as in report.read.
+  """
+  singles, unit = [], "cycles"
+  for one in report.costs(text, rounds):
+    direction, path = place(one.scope, depth)
+    singles.append(Single(one.cycles, one.name, one.kind, one.shape, direction, path))
+  if not singles:
+    unit = "bytes"
+    for one, times, moved in traffic.each(text, rounds):
+      direction, path = place(report.scope(one), depth)
+      kind = one.kind if times == 1 else f"{one.kind} × {times}"
+      singles.append(Single(moved.total(), one.name, kind, one.shape, direction, path))
+  total = collections.Counter()
+  for one in singles:
+    total[one.direction, one.place] += one.cost
+  shares = (Share(*where, cost) for where, cost in total.most_common())
+  singles.sort(key=lambda one: -one.cost)
+  return Places(unit, total.total(), tuple(shares), tuple(singles[:largest]))
+
+
+def place(scope: str, depth: int) -> tuple[str, str]:
+  """(direction, path of modules) of an op_name; the model itself, first of all paths, is left out.
+
+  Backward is what a transposed function computes, forward what a differentiated one does, update
+  all else: the optimiser, collectives, copies.
+  """
+  path = max(scope.split(";"), key=lambda part: part.count("/"))  # of merged instructions
+  modules = [
+    part for part in path.split("/")[:-1]
+    if part.isidentifier() and part not in _OF_JAX and not _WRAPPED.match(part)]
+  direction = BACKWARD if "transpose(" in path else FORWARD if "jvp(" in path else UPDATE
+  return direction, "/".join(modules[:depth]) or "–"
