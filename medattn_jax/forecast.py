@@ -7,13 +7,14 @@ slower, and the model serves to compare two programs, or to see what bounds one.
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 import time
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from medattn_jax import config, experiment
+from medattn_jax import config, experiment, files
 from medattn_jax.errors import UserError
 from medattn_jax.programs import apart, chips, places, report, roofline, traffic
 from medattn_jax.programs.report import Report
@@ -86,8 +87,8 @@ class Forecast(NamedTuple):
       "devices": self.devices, "batch": self.images, "dtype": self.dtype, "fits": self.fits,
       "lower_seconds": round(self.lowering, 2), "compile_seconds": round(self.compiling, 2),
       "flops_per_step": self.flops, "bytes_accessed": self.accessed, "cycles": self.cycles,
-      "compiler_options": self.options, "compiler_ms": self.seconds and 1e3 * self.seconds, "peak_memory_bytes": self.needs,
-      "memory_bytes": self.memory, "leaves": self.leaves}
+      "compiler_ms": self.seconds and 1e3 * self.seconds, "compiler_options": self.options,
+      "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves}
     if self.report:
       own = self.report.row()
       found |= {key: own[key] for key in (
@@ -103,21 +104,23 @@ class Forecast(NamedTuple):
 
 
 def of(page: ml_collections.ConfigDict, phase: str, target: chips.Target, depth: int = 3,
-       largest: int = 0) -> Forecast:
+       largest: int = 0, keep: str | None = None) -> Forecast:
   """Compiles a phase of a page for a target, in a process apart.
 
   Args:
     depth: of the module path by which `places` gathers.
     largest: how many instructions `places` lists one by one; 0: no places at all.
+    keep: a file for the compiled program's text.
 
   Raises:
     UserError: the batch does not divide over the target's devices, the target's plug-in is not
       installed, or its compiler failed for another reason than memory.
   """
-  return apart.run(_compile, config.to_dict(page), phase, target, depth, largest, target=target)
+  return apart.run(_compile, config.to_dict(page), phase, target, depth, largest, keep,
+                   target=target)
 
 
-def _compile(values, phase, target, depth, largest) -> Forecast:
+def _compile(values, phase, target, depth, largest, keep) -> Forecast:
   import jax
 
   page, devices = config.from_dict(values), chips.devices(target)
@@ -140,6 +143,8 @@ def _compile(values, phase, target, depth, largest) -> Forecast:
       text = " ".join(str(error).split())
     else:
       found = found._replace(compiling=time.monotonic() - middle, options=options)
+      if keep:
+        files.write_bytes(pathlib.Path(keep), compiled.as_text().encode())
       return _read(found, now, compiled, depth, largest, sheet)
   if "RESOURCE_EXHAUSTED" not in text:
     raise UserError(f"target {target}: its compiler failed: {text[:400]}")

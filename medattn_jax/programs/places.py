@@ -36,7 +36,7 @@ class Single(NamedTuple):
   kind: str
   shape: str
   direction: str
-  place: str
+  path: str  # of modules, whole, and what is computed
 
 
 class Places(NamedTuple):
@@ -54,21 +54,20 @@ def of(text: str, depth: int, largest: int, rounds: int = 1) -> Places:
 
   Cycles where the compiler counts them, else the bytes moved. `rounds`: as in report.read.
   """
-  singles, unit = [], "cycles"
-  for one in report.costs(text, rounds):
-    direction, path = place(one.scope, depth)
-    singles.append(Single(one.cycles, one.name, one.kind, one.shape, direction, path))
-  if not singles:
+  unit, found = "cycles", [
+    (one.cycles, one.name, one.kind, one.shape, one.scope) for one in report.costs(text, rounds)]
+  if not found:
     unit = "bytes"
     for one, times, moved in traffic.each(text, rounds):
-      direction, path = place(report.scope(one), depth)
-      kind = one.kind if times == 1 else f"{one.kind} × {times}"
-      singles.append(Single(moved.total(), one.name, kind, one.shape, direction, path))
-  total = collections.Counter()
-  for one in singles:
-    total[one.direction, one.place] += one.cost
-  shares = (Share(*where, cost) for where, cost in total.most_common())
+      kind = one.kind if times == 1 else f"{times} × {one.kind}"
+      found.append((moved.total(), one.name, kind, one.shape, report.scope(one)))
+  total, singles = collections.Counter(), []
+  for *what, scope in found:
+    total[place(scope, depth)] += what[0]
+    direction, path = place(scope, len(scope))
+    singles.append(Single(*what, direction, f"{path}/{scope.rpartition('/')[2]}"))
   singles.sort(key=lambda one: -one.cost)
+  shares = (Share(*where, cost) for where, cost in total.most_common())
   return Places(unit, total.total(), tuple(shares), tuple(singles[:largest]))
 
 

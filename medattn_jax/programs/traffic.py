@@ -26,6 +26,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _FLOATS = {"f16", "bf16", "f32", "f64"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
          "partition-id", "replica-id", "optimization-barrier"}
+_SCRATCH = re.compile(r", [su]8\[\d+\][^,]*\)$")  # a library's workspace: of what is used, unknown
 _SAME = {"bitcast", "reshape", "copy-done"}  # another name of the same bytes, inside a fusion
 
 
@@ -186,7 +187,8 @@ def _instruction(program: Program, inside: str, one: Instruction) -> collections
     return size(one.shape) + size(one.shape)
   if one.kind == "dynamic-update-slice":
     return given(one.operands[1]) + given(one.operands[1])
-  return sum((given(name) for name in one.operands), size(one.shape))
+  shape = _SCRATCH.sub("", one.shape) if one.kind == "custom-call" else one.shape
+  return sum((given(name) for name in one.operands), size(shape))
 
 
 def _fusion(program, one, operands, called) -> collections.Counter:
