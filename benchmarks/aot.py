@@ -36,7 +36,8 @@ FIGURES = (
   ("  in a loop or branch", "", 1, ("inside",)),
   ("  bytes", "MB", 1e6, ("wire",)),
   ("donated buffers", "", 1, ("donated",)),
-  ("state's leaves", "", 1, ("leaves",)),
+  ("  of the state's", "", 1, ("leaves",)),
+  ("  which it never reads", "", 1, ("unread",)),
   ("lowering", "s", 1, ("lower_seconds",)),
   ("compiling", "s", 1, ("compile_seconds",)),
   ("compiler's cycles", "M", 1e6, ("cycles",)),
@@ -183,7 +184,7 @@ def words(row: Mapping[str, Any]) -> str:
     said.append(f"{kinds} ({sizes})")
   if row.get("model"):
     said.append(f"bound by {row['model']['by']}")
-  if row["compiler_options"]:
+  if row["compiler_options"] and not row["target"].startswith("cpu"):
     said.append("with " + ", ".join(f"{k}={v}" for k, v in row["compiler_options"].items()))
   if not row["fits"]:
     of = f" of {row['memory_bytes'] / 1e9:.1f}" if row["memory_bytes"] else ""
@@ -218,26 +219,32 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, shown: int = 20)
   import matplotlib
 
   matplotlib.use("Agg")
-  from matplotlib import patches, pyplot
+  from matplotlib import pyplot
 
   rows = [row for row in rows if row.get("places")]
   figure, panels = pyplot.subplots(
     1, max(1, len(rows)), squeeze=False, layout="constrained",
     figsize=(1 + 6.5 * max(1, len(rows)), 6))
   for panel, row in zip(panels[0], rows, strict=False):
-    found = row["places"]
-    shares, rest = found["shares"][:shown], found["shares"][shown:]
-    labels = [one["place"] for one in shares] + [f"{len(rest)} more places"] * bool(rest)
-    costs = [one["cost"] for one in shares] + [sum(one["cost"] for one in rest)] * bool(rest)
-    colours = [COLOURS[one["direction"]] for one in shares] + ["0.7"] * bool(rest)
-    panel.barh(range(len(costs)), [100 * cost / found["total"] for cost in costs], color=colours)
+    found, places = row["places"], {}
+    for one in found["shares"]:
+      places.setdefault(one["place"], dict.fromkeys(COLOURS, 0))[one["direction"]] += one["cost"]
+    ordered = sorted(places.items(), key=lambda one: -sum(one[1].values()))
+    if rest := ordered[shown:]:
+      together = {way: sum(costs[way] for _, costs in rest) for way in COLOURS}
+      ordered[shown:] = [(f"{len(rest)} more places", together)]
+    ends = [0.0] * len(ordered)
+    for way, colour in COLOURS.items():
+      parts = [100 * costs[way] / found["total"] for _, costs in ordered]
+      panel.barh(range(len(ordered)), parts, left=ends, color=colour, label=way)
+      ends = [end + part for end, part in zip(ends, parts, strict=True)]
+    labels = [place if place != "–" else "no module's" for place, _ in ordered]
     panel.set_yticks(range(len(labels)), labels, fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel(f"% of {found['total'] / 1e6:,.1f} M {found['unit']}")
     panel.set_title(f"{name(row)}, {row['batch']} images", fontsize=10)
     panel.grid(axis="x", alpha=0.3)
-    panel.legend(handles=[patches.Patch(color=c, label=d) for d, c in COLOURS.items()],
-                 loc="lower right")
+    panel.legend(loc="lower right")
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
   pyplot.close(figure)

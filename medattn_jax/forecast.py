@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -26,6 +27,8 @@ MARGIN = 0.08
 # Where a GPU's compiler has no GPU to try tilings of a small matrix product on, the one it assumes
 # may not fit; then these are left to cuBLAS.
 _UNTRIED = {"xla_gpu_enable_triton_gemm": False}
+# A CPU's program that is read and never run: its instructions need no polish.
+_UNRUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -36,7 +39,7 @@ class Forecast(NamedTuple):
   Attributes:
     phase, target: what was compiled, for what; `kind` as JAX names the device.
     devices, images: of all devices; the images of one update.
-    leaves: of the state, each of which should be donated.
+    leaves: of the state, each of which should be donated but for those `unread`.
     needs, memory: bytes that it needs at its peak, and that a program may have; None: not known.
     lowering, compiling: seconds.
     options: that were given to the compiler, as it failed without them.
@@ -54,6 +57,7 @@ class Forecast(NamedTuple):
   images: int
   dtype: str
   leaves: int
+  unread: int
   needs: int | None
   memory: int | None
   lowering: float
@@ -88,7 +92,7 @@ class Forecast(NamedTuple):
       "lower_seconds": round(self.lowering, 2), "compile_seconds": round(self.compiling, 2),
       "flops_per_step": self.flops, "bytes_accessed": self.accessed, "cycles": self.cycles,
       "compiler_ms": self.seconds and 1e3 * self.seconds, "compiler_options": self.options,
-      "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves}
+      "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves, "unread": self.unread}
     if self.report:
       own = self.report.row()
       found |= {key: own[key] for key in (
@@ -116,14 +120,19 @@ def of(page: ml_collections.ConfigDict, phase: str, target: chips.Target, depth:
     UserError: the batch does not divide over the target's devices, the target's plug-in is not
       installed, or its compiler failed for another reason than memory.
   """
-  return apart.run(_compile, config.to_dict(page), phase, target, depth, largest, keep,
-                   target=target)
+  return apart.run(
+    _compile, config.to_dict(page), phase, target, depth, largest, keep, target=target)
 
 
-def _compile(values, phase, target, depth, largest, keep) -> Forecast:
+def _compile(values, phase, target, *how) -> Forecast:
+  return here(config.from_dict(values), phase, target, chips.devices(target), *how)
+
+
+def here(page: ml_collections.ConfigDict, phase: str, target: chips.Target, devices: Sequence[Any],
+         depth: int = 3, largest: int = 0, keep: str | None = None) -> Forecast:
+  """`of`, in a process that is the target's already, on some of its devices."""
   import jax
 
-  page, devices = config.from_dict(values), chips.devices(target)
   experiment.check(page, len(devices))
   now = experiment.build(page, phase, devices)
   sheet, kind = target.sheet or chips.sheet_of(devices[0].device_kind), devices[0].device_kind
@@ -132,11 +141,12 @@ def _compile(values, phase, target, depth, largest, keep) -> Forecast:
   middle = time.monotonic()
   found = Forecast(
     phase=phase, target=target, kind=kind, devices=len(devices), images=now.images,
-    dtype=page.precision, leaves=len(jax.tree.leaves(now.abstract_state)), needs=None,
-    memory=_memory(devices[0], sheet), lowering=middle - start, compiling=0.0, options={},
-    report=None, flops=None, accessed=None, cycles=None, seconds=None, bound=None,
+    dtype=page.precision, leaves=len(jax.tree.leaves(now.abstract_state)), unread=0,
+    needs=None, memory=_memory(devices[0], sheet), lowering=middle - start, compiling=0.0,
+    options={}, report=None, flops=None, accessed=None, cycles=None, seconds=None, bound=None,
     places=None)
-  for options in ({}, _UNTRIED) if target.gpu else ({},):
+  tried = [_UNRUN if target.chip == chips.CPU else {}, *[_UNTRIED] * target.gpu]
+  for options in tried:
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -165,8 +175,9 @@ def _read(found, now, compiled, depth, largest, sheet) -> Forecast:
       accessed = told.accessed and rounds * told.accessed
   if flops is None:
     flops = _lowered_flops(now)
+  read = sum(name.startswith("state") for name in report.inputs(text))
   found = found._replace(
-    report=told, needs=told.peak, flops=flops, accessed=accessed, cycles=told.cycles,
+    report=told, unread=found.leaves - read, needs=told.peak, flops=flops, accessed=accessed, cycles=told.cycles,
     seconds=seconds, places=places.of(text, depth, largest, rounds) if largest else None)
   if sheet is None or flops is None or accessed is None:
     return found
@@ -185,9 +196,10 @@ def _lowered_flops(now: experiment.Experiment) -> float | None:
     devices = jax.devices("cpu")[: now.mesh.size]
   except RuntimeError:  # JAX_PLATFORMS hides it
     return None
-  page.data.batch_size = page.data.batch_size // now.mesh.size * len(devices)
+  if len(devices) < now.mesh.size:
+    devices, page.data.batch_size = devices[:1], page.data.batch_size // now.mesh.size
   alone = experiment.build(page, now.phase, devices).lower_train_step()
-  return rounds * alone.cost_analysis()["flops"] / len(devices)
+  return rounds * alone.cost_analysis()["flops"]  # of one device: what is mapped over them counts
 
 
 def _memory(device: Any, sheet: chips.Chip | None) -> int | None:

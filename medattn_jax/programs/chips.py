@@ -162,11 +162,10 @@ def environment(wanted: Target) -> dict[str, str]:
   """What the environment of a process that compiles for a target has to say."""
   if wanted.chip == HERE:
     return {"JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
-  if wanted.chip == CPU:
-    # JAX takes the number of a CPU's devices from one place alone.
-    flags = _SPLIT.sub("", os.environ.get("XLA_FLAGS", ""))
-    return ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(wanted.count), "XLA_FLAGS": flags}
-  return ENVIRONMENT
+  # As many of the CPU's: the program before compilation is counted on them. JAX takes their number
+  # from one place alone.
+  flags = _SPLIT.sub("", os.environ.get("XLA_FLAGS", ""))
+  return ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(wanted.count), "XLA_FLAGS": flags}
 
 
 def devices(wanted: Target) -> list[Any]:

@@ -133,6 +133,13 @@ def donated(text: str) -> int:
   return len(re.findall(r"(?:may|must)-alias\)", text[: text.index("\n")]))
 
 
+def inputs(text: str) -> list[str]:
+  """The names of the arguments that a program takes; those that it never reads are not among them.
+  """
+  program, entry = traffic.parse(text)
+  return [scope(one) for one in program[entry].values() if one.kind == "parameter"]
+
+
 def costs(text: str, rounds: int = 1) -> list[Cost]:
   """The instructions that run and that a TPU's compiler gives cycles, in the order of the text.
 
