@@ -8,8 +8,8 @@ counts: collectives, their kinds and bytes, those in a loop or a branch, the don
 state, temporaries. Without --config: tiny networks of the shipped pages, every model and phase
 (Zoom-in-Net m, a, c; M-Net; global attention joint, frozen). Exits with 1 where a step holds more
 than one all-reduce of gradients and one of the map, another kind, one in a loop, or where a leaf of
-the state that the step reads is not donated. The bytes are a CPU's: TPUs and GPUs may carry gradients in other dtypes
-(benchmarks.aot tells).
+the state that the step reads is not donated. The bytes are a CPU's: TPUs and GPUs may carry
+gradients in other dtypes (benchmarks.aot tells).
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def compiled(values: Mapping[str, Any], phase: str, counts: Sequence[int]) -> li
       "phase": phase, "devices": count, "batch": row["batch"],
       # The map is summed over the devices where its pixels' classifier is spread over them.
       "allowed": 2 if common and common.reads else 1,
-      **{key: row[key] for key in ("collectives", "inside", "wire_bytes", "donated", "leaves", "unread",
-                                   "temporaries", "compile_seconds")}})
+      **{key: row[key] for key in ("collectives", "inside", "wire_bytes", "donated", "leaves",
+                                   "unread", "temporaries", "compile_seconds")}})
   return rows
 
 
@@ -131,8 +131,9 @@ def faults(row: Mapping[str, Any]) -> list[str]:
     found.append(f"{where}: {', '.join(f'{n} {kind}' for kind, n in others.items())}")
   if row["inside"]:
     found.append(f"{where}: {row['inside']} collectives in a loop or a branch")
-  if row["donated"] < (read := row["leaves"] - row["unread"]):
-    found.append(f"{where}: {row['donated']} of the state's {read} leaves that are read are donated")
+  read = row["leaves"] - row["unread"]
+  if row["donated"] < read:
+    found.append(f"{where}: of the state's {read} leaves that it reads, {row['donated']} donated")
   return found
 
 

@@ -74,10 +74,9 @@ class Forecast(NamedTuple):
   @property
   def fits(self) -> bool:
     """Whether the program has room: by the compiler's word, or by its peak less a GPU's margin."""
-    if self.report is None:
-      return False
-    margin = 1 - MARGIN if self.target.gpu else 1.0
-    return self.needs is None or self.memory is None or self.needs <= margin * self.memory
+    if self.report is None or self.target.tpu or self.memory is None:
+      return self.report is not None
+    return self.needs <= self.memory * (1 - MARGIN if self.target.gpu else 1)
 
   @property
   def rate(self) -> float | None:
@@ -92,7 +91,8 @@ class Forecast(NamedTuple):
       "lower_seconds": round(self.lowering, 2), "compile_seconds": round(self.compiling, 2),
       "flops_per_step": self.flops, "bytes_accessed": self.accessed, "cycles": self.cycles,
       "compiler_ms": self.seconds and 1e3 * self.seconds, "compiler_options": self.options,
-      "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves, "unread": self.unread}
+      "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves,
+      "unread": self.unread}
     if self.report:
       own = self.report.row()
       found |= {key: own[key] for key in (
@@ -177,8 +177,9 @@ def _read(found, now, compiled, depth, largest, sheet) -> Forecast:
     flops = _lowered_flops(now)
   read = sum(name.startswith("state") for name in report.inputs(text))
   found = found._replace(
-    report=told, unread=found.leaves - read, needs=told.peak, flops=flops, accessed=accessed, cycles=told.cycles,
-    seconds=seconds, places=places.of(text, depth, largest, rounds) if largest else None)
+    report=told, unread=found.leaves - read, needs=told.peak, flops=flops,
+    accessed=accessed, cycles=told.cycles, seconds=seconds,
+    places=places.of(text, depth, largest, rounds) if largest else None)
   if sheet is None or flops is None or accessed is None:
     return found
   return found._replace(bound=roofline.bound(
