@@ -157,7 +157,7 @@ def costs(text: str, rounds: int = 1) -> list[Cost]:
 def scope(one: traffic.Instruction) -> str:
   """An instruction's op_name: where in the model it comes from; "" for none."""
   found = _SCOPE.search(one.rest)
-  return found.group(1) if found else ""
+  return found.group(1).replace("\\'", "'") if found else ""
 
 
 def _platform(compiled: Any) -> str:
