@@ -48,7 +48,7 @@ FIGURES = (
   ("model: step", "ms", 1, ("model", "step_ms")),
   ("model: images/s a chip", "", 1, ("model", "images_per_second_per_chip")),
 )
-COLOURS = {"forward": "C0", "backward": "C1", "update": "C2"}
+COLOURS = {"forward": "C0", "backward": "C1", "rest": "C2"}
 
 
 def main() -> None:
@@ -241,7 +241,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, shown: int = 20)
     labels = [place if place != "–" else "no module's" for place, _ in ordered]
     panel.set_yticks(range(len(labels)), labels, fontsize=8)
     panel.invert_yaxis()
-    panel.set_xlabel(f"% of {found['total'] / 1e6:,.1f} M {found['unit']}")
+    what = {"cycles": "M cycles", "bytes": "MB"}[found["unit"]]
+    panel.set_xlabel(f"% of {found['total'] / 1e6:,.1f} {what}")
     panel.set_title(f"{name(row)}, {row['batch']} images", fontsize=10)
     panel.grid(axis="x", alpha=0.3)
     panel.legend(loc="lower right")

@@ -74,6 +74,9 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
       raise UserError("--target=here; accepted: a chip's name, or cpu:N")
   each = models.IMAGES[page.model.name]
   unit = math.lcm(each, page.norm.group_size)
+  if flags.most < unit:
+    raise UserError(f"--most={flags.most}; accepted: at least {unit}, the least that the page's "
+                    "pairs and norm.group_size allow")
   rows = []
   for target in targets:
     last = []

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from medattn_jax.programs import report, traffic
 
-FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
-_WRAPPED = re.compile(r"\w+\((.*)\)$")  # by a transformation: jvp(…), transpose(jvp(…)), jit(…)
+FORWARD, BACKWARD, REST = "forward", "backward", "rest"
+_MODULE = re.compile(r"[A-Za-z_][\w.\-]*")
+_COPY = re.compile(r"-\d+$")  # the number of one of several like modules
 # Names in a path that are of JAX itself, besides those of transformations.
 _OF_JAX = {"shard_map", "while", "body", "cond", "scan", "closed_call", "checkpoint",
            "rematted_computation", "custom_jvp_call", "custom_vjp_call", "branch_0_fun",
@@ -36,7 +37,7 @@ class Single(NamedTuple):
   kind: str
   shape: str
   direction: str
-  path: str  # of modules, whole, and what is computed
+  path: str  # of the modules, whole, and what is computed
 
 
 class Places(NamedTuple):
@@ -58,14 +59,15 @@ def of(text: str, depth: int, largest: int, rounds: int = 1) -> Places:
     (one.cycles, one.name, one.kind, one.shape, one.scope) for one in report.costs(text, rounds)]
   if not found:
     unit = "bytes"
+    program, _ = traffic.parse(text)
     for one, times, moved in traffic.each(text, rounds):
       kind = one.kind if times == 1 else f"{times} × {one.kind}"
-      found.append((moved.total(), one.name, kind, one.shape, report.scope(one)))
+      found.append((moved.total(), one.name, kind, one.shape, report.scope(one, program)))
   total, singles = collections.Counter(), []
   for *what, scope in found:
     total[place(scope, depth)] += what[0]
-    direction, path = place(scope, len(scope))
-    singles.append(Single(*what, direction, f"{path}/{scope.rpartition('/')[2]}"))
+    direction, _ = place(scope, depth)
+    singles.append(Single(*what, direction, scope.rpartition(")/")[2] or "–"))
   singles.sort(key=lambda one: -one.cost)
   shares = (Share(*where, cost) for where, cost in total.most_common())
   return Places(unit, total.total(), tuple(shares), tuple(singles[:largest]))
@@ -74,12 +76,12 @@ def of(text: str, depth: int, largest: int, rounds: int = 1) -> Places:
 def place(scope: str, depth: int) -> tuple[str, str]:
   """(direction, path of modules) of an op_name; the model itself, first of all paths, is left out.
 
-  Backward is what a transposed function computes, forward what a differentiated one does, update
-  all else: the optimiser, collectives, copies.
+  Backward is what a transposed function computes, forward what a differentiated one does, rest all
+  else: the optimiser, collectives, copies. Like modules (repeat-3, repeat-4) are one.
   """
   path = max(scope.split(";"), key=lambda part: part.count("/"))  # of merged instructions
   modules = [
-    part for part in path.split("/")[:-1]
-    if part.isidentifier() and part not in _OF_JAX and not _WRAPPED.match(part)]
-  direction = BACKWARD if "transpose(" in path else FORWARD if "jvp(" in path else UPDATE
+    _COPY.sub("", part) for part in path.split("/")[:-1]
+    if _MODULE.fullmatch(part) and part not in _OF_JAX]
+  direction = BACKWARD if "transpose(" in path else FORWARD if "jvp(" in path else REST
   return direction, "/".join(modules[:depth]) or "–"

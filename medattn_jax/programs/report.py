@@ -15,6 +15,7 @@ from medattn_jax.programs import traffic
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
+_NOWHERE = "jit(local)/shard_map"  # of what a compiler made itself
 # What libtpu cannot estimate, it counts as minus one second.
 _UNKNOWN = re.compile(r'custom_call_target="ConcatBitcast"')
 
@@ -150,14 +151,21 @@ def costs(text: str, rounds: int = 1) -> list[Cost]:
   for _, one, times in traffic.run(program, entry, rounds):
     if cycles := _CYCLES.search(one.rest):
       found.append(Cost(
-        times * int(cycles.group(1)), one.name, one.kind, one.shape, scope(one)))
+        times * int(cycles.group(1)), one.name, one.kind, one.shape, scope(one, program)))
   return found
 
 
-def scope(one: traffic.Instruction) -> str:
-  """An instruction's op_name: where in the model it comes from; "" for none."""
+def scope(one: traffic.Instruction, program: traffic.Program | None = None) -> str:
+  """An instruction's op_name: where in the model it comes from; "" for none.
+
+  Of a fusion that has none of its own, with its `program`, the last one within it that has.
+  """
   found = _SCOPE.search(one.rest)
-  return found.group(1).replace("\\'", "'") if found else ""
+  name = found.group(1).replace("\\'", "'") if found else ""
+  if program and one.kind == "fusion" and "/" not in name.removeprefix(_NOWHERE):
+    within = (scope(inner) for inner in reversed(traffic.called(program, one).values()))
+    return next((own for own in within if "/" in own.removeprefix(_NOWHERE)), name)
+  return name
 
 
 def _platform(compiled: Any) -> str:

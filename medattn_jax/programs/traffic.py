@@ -169,6 +169,11 @@ def size(shape: str) -> collections.Counter:
   return found
 
 
+def called(program: Program, fusion: Instruction) -> dict[str, Instruction]:
+  """What a fusion computes."""
+  return program[_called(fusion, "calls")]
+
+
 def _called(one: Instruction, key: str) -> str:
   return re.search(rf"\b{key}=%?([\w.\-]+)", one.rest).group(1)
 
@@ -182,7 +187,7 @@ def _instruction(program: Program, inside: str, one: Instruction) -> collections
   if one.kind in _FREE or one.kind.endswith("-done"):
     return collections.Counter()
   if one.kind == "fusion":
-    return _fusion(program, one, [given(name) for name in one.operands], _called(one, "calls"))
+    return _fusion(program, one, [given(name) for name in one.operands])
   if one.kind in ("dynamic-slice", "slice", "gather"):
     return size(one.shape) + size(one.shape)
   if one.kind == "dynamic-update-slice":
@@ -191,9 +196,9 @@ def _instruction(program: Program, inside: str, one: Instruction) -> collections
   return sum((given(name) for name in one.operands), size(shape))
 
 
-def _fusion(program, one, operands, called) -> collections.Counter:
+def _fusion(program, one, operands) -> collections.Counter:
   """Of an operand that is only sliced, the slices; of a result that is only updated, the update."""
-  body = program[called]
+  body = called(program, one)
   total = collections.Counter()
   for inner in body.values():
     if inner.kind == "parameter":

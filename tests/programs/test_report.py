@@ -78,12 +78,13 @@ def test_what_is_never_read_is_no_input():
 @pytest.mark.parametrize(("scope", "direction", "path"), [
   ("jit(local)/shard_map/jvp(MNet)/m_net/backbone/stage2/conv/slice", "forward", "m_net/backbone"),
   ("jit(f)/shard_map/transpose(jvp(MNet))/m_net/head/dot_general", "backward", "m_net/head"),
+  ("jit(f)/shard_map/jvp(MNet)/m_net/repeat_1-14/branch1-2/bn/mul", "forward", "m_net/repeat_1"),
   ("transpose(jvp(MNet))/m_net/backbone/bn/reduce_sum", "backward", "m_net/backbone"),
   ("jit(local)/while/body/closed_call/jvp(MNet)/m_net/jit(_pad)/pad", "forward", "m_net"),
   ("jit(local)/shard_map/jvp(MNet)/gs,nstc->ngtc/dot_general", "forward", "–"),
   ("jit(f)/reshape;transpose(jvp(MNet))/m_net/neck/bn/div", "backward", "m_net/neck"),
-  ("jit(local)/shard_map/square", "update", "–"), ("psum", "update", "–"),
-  ("state.params['m_net']['neck']", "update", "–"), ("", "update", "–")])
+  ("jit(local)/shard_map/square", "rest", "–"), ("psum", "rest", "–"),
+  ("state.params['m_net']['neck']", "rest", "–"), ("", "rest", "–")])
 def test_a_place_in_the_model_is_read_off_a_name(scope, direction, path):
   assert places.place(scope, 2) == (direction, path)
 
