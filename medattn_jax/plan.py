@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import ml_collections
+import rich.box
 import rich.console
 import rich.table
 
@@ -35,9 +36,9 @@ def run(path: str, target: str, overrides: Sequence[tuple[str, str]]) -> None:
       found.append(forecast.of(page, phase, wanted))
   if not found:
     raise UserError(f"--config={path}: all phases.<name>.steps are 0; accepted: one above it")
-  out = rich.console.Console(soft_wrap=True)
-  first = found[0]
-  out.print(f"{path} on {first.devices} × {first.kind} ({wanted}), {first.dtype}",
+  out, first = rich.console.Console(soft_wrap=True), found[0]
+  of = f" of {first.memory / 1e9:.1f} GB" if first.memory else ""
+  out.print(f"{path} on {first.devices} × {first.kind}{of} ({wanted}), {first.dtype}",
             markup=False, highlight=False, style="bold")
   out.print(_table(page, found))
   for line in verdicts(page, found, path, wanted):
@@ -45,33 +46,28 @@ def run(path: str, target: str, overrides: Sequence[tuple[str, str]]) -> None:
 
 
 def _table(page: ml_collections.ConfigDict, found: Sequence[Forecast]) -> rich.table.Table:
-  table = rich.table.Table(caption=MODEL, caption_justify="left")
+  table = rich.table.Table(
+    box=rich.box.SIMPLE, padding=(0, 1, 0, 0), caption=MODEL, caption_justify="left")
   for number, column in enumerate((
-      "phase", "steps", "images a step", "memory a chip", "fits", "bound by", "step", "images/s",
+      "phase", "steps", "images\na step", "memory\na chip", "fits", "bound by", "step", "images/s",
       "hours", "collectives")):
-    table.add_column(column, justify="right" if number else "left")
+    table.add_column(column, justify="right" if number else "left", no_wrap=True)
   for one in found:
     steps, bound = page.phases[one.phase].steps, one.bound
-    of = f" of {one.memory / 1e9:.1f}" if one.memory else ""
-    needs = "more" if one.needs is None else f"{one.needs / 1e9:.2f}"
+    needs = "more" if one.needs is None else f"{one.needs / 1e9:.2f} GB"
     table.add_row(
-      one.phase, f"{steps:,}", f"{one.images:,}", f"{needs}{of} GB", "yes" if one.fits else "no",
-      *(("–",) * 4 if bound is None else (
-        bound.by, f"{1e3 * bound.seconds:.1f} ms", f"{one.rate:,.0f}",
-        f"{hours(page, one):.2f}")),
-      _said(one))
+      one.phase, f"{steps:,}", f"{one.images:,}", needs, "yes" if one.fits else "no",
+      *(("–",) * 5 if bound is None else (
+        bound.by, f"{1e3 * bound.seconds:.1f} ms", f"{one.rate:,.0f}", f"{hours(page, one):.2f}",
+        f"{share(one):.0%}")))
   return table
 
 
 def _said(one: Forecast) -> str:
-  """What a phase's devices say to each other, and its share of the time."""
-  if one.report is None:
-    return "–"
-  words = ", ".join(f"{n} {kind}" for kind, n in one.report.counts.items()) or "none"
-  size = sum(one.report.wire.values())
-  if size:
-    words += f" of {size / 1e6:.1f} MB"
-  return f"{words}: {share(one):.0%}" if one.bound else words
+  """What a phase's devices say to each other in a step."""
+  kinds = ", ".join(f"{n} {kind}" for kind, n in one.report.counts.items())
+  size = sum(one.report.wire.values()) / 1e6
+  return f"phase {one.phase}: {f'{kinds}, {size:.1f} MB' if kinds else 'no collective'}"
 
 
 def hours(page: ml_collections.ConfigDict, one: Forecast) -> float:
@@ -98,6 +94,7 @@ def verdicts(page: ml_collections.ConfigDict, found: Sequence[Forecast], path: s
                  "python -m benchmarks.pipeline tells how many cores that takes")
   elif target.sheet is None:
     lines.append("no data sheet of this device: memory and collectives alone")
+  lines.append("; ".join(_said(one) for one in found if one.report) or "no phase fits")
   alone = chips.Target(target.chip, "" if target.sheet else target.topology)
   lines += [
     f"phase {one.phase} does not fit: python -m benchmarks.fit --config={path} "
@@ -107,5 +104,6 @@ def verdicts(page: ml_collections.ConfigDict, found: Sequence[Forecast], path: s
     lines.append("precision = float32: the arithmetic is reckoned at bfloat16's rate all the same; "
                  "bfloat16 halves the bytes")
   if any(share(one) > _MUCH for one in timed):
-    lines.append("collectives take much of a step: a larger data.batch_size a chip pays")
+    lines.append("collectives take much of a step: more images a chip (data.batch_size, "
+                 "phases.<name>.accumulation) pay")
   return lines
