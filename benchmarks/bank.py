@@ -73,7 +73,7 @@ def main() -> None:
       sys.exit(f"benchmarks.bank: {error}")
     if reason := chips.missing(flags.target):
       sys.exit(f"benchmarks.bank: --target={flags.target.chip}: {reason}")
-    os.environ.update(chips.ENVIRONMENT)
+    os.environ.update(chips.environment(flags.target))
   rows = measure(flags)
   if not flags.json:
     print(table(rows))

@@ -50,7 +50,7 @@ def _table(page: ml_collections.ConfigDict, found: Sequence[Forecast]) -> rich.t
     box=rich.box.SIMPLE, padding=(0, 1, 0, 0), caption=MODEL, caption_justify="left")
   for number, column in enumerate((
       "phase", "steps", "images\na step", "memory\na chip", "fits", "bound by", "step", "images/s",
-      "hours", "collectives")):
+      "hours", "collec-\ntives")):
     table.add_column(column, justify="right" if number else "left", no_wrap=True)
   for one in found:
     steps, bound = page.phases[one.phase].steps, one.bound

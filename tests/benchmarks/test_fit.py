@@ -107,8 +107,9 @@ def test_a_tpus_compiler_decides(monkeypatch, capsys):
 
   if reason := chips.missing(chips.target("v5e")):
     pytest.skip(reason)
-  large = [f"--config.data.{side}=512" for side in ("image_size", "full_size")]
-  assert call(monkeypatch, "--target=v5e", "--json", "--config.norm.group_size=32", *large) == 0
+  large = [f"--config.data.{side}=96" for side in ("image_size", "full_size")]
+  call_it = ("--target=v5e", "--json", "--most=65536", "--config.norm.group_size=8192", *large)
+  assert call(monkeypatch, *call_it) == 0
   (found,) = map(json.loads, capsys.readouterr().out.splitlines())
   fits = {one["images"]: one["fits"] for one in found["tried"]}
-  assert fits[found["images_per_chip"]] and not fits[found["images_per_chip"] + 32]
+  assert fits[found["images_per_chip"]] and not fits[found["images_per_chip"] + 8192]
