@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medattn_jax import config, experiment, models
+from medattn_jax import config, experiment, forecast, models
 from medattn_jax.models.norm import Conv
-from medattn_jax.programs import report
+from medattn_jax.programs import chips, report
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -86,3 +86,18 @@ def test_a_step_multiplies_no_more_than_its_layers_must(name, phase):
   # A backward pass is two of them, but that nobody asks for the images' gradient.
   hand = 2 * (3 * every - first)
   assert now.lower_train_step().cost_analysis()["flops"] == pytest.approx(hand, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x4", "h200:8"])
+def test_the_whole_step_on_an_accelerators_compiler(target):
+  """Inception-ResNet-v2, A-Net and C-Net's Inception-v3, 8 photographs of 1230² a chip."""
+  wanted = chips.target(target)
+  if reason := chips.missing(wanted):
+    pytest.skip(reason)
+  page = config.load_page(str(CONFIGS / "zoom_in_net.py"), [
+    ("data.batch_size", "32"), ("norm.group_size", "8"), ("phases.c.accumulation", "1")])
+  found = forecast.of(page, "c", wanted)
+  assert found.fits
+  assert found.report.counts == {"all-reduce": 1}
+  assert found.report.donated == found.leaves
