@@ -102,12 +102,13 @@ def adapted(
 def plain(page: Page) -> Page:
   """A copy that does what any trainer does, so that another one can do the same.
 
-  SGD with momentum, no augmentation, no average of the params, no local contrast, one group.
+  SGD with momentum, cross-entropy, no augmentation, no average of the params, no local contrast, one
+  group.
   """
   page = copy.deepcopy(page)
   each = 1 if page.model.name == "global_attention" else 2
   page.norm.group_size = each * page.data.batch_size
-  page.augment = _augment()
+  page.augment, page.loss = _augment(), _loss(0.0)
   if "local_width" in page.model:
     page.model.local_width = 0.0
   for name in page.phases:

@@ -1,8 +1,8 @@
 """Is a training step here as fast as the same step in PyTorch? Both in one run, in turns.
 
 `python -m benchmarks.versus_torch [--size=small|full] [--models=resnet50,…,zoom_in_net]
-[--batch=N] [--image-size=N] [--dtype=float32|bfloat16] [--torch-compile=yes|no] [--check]
-[--json] [--plot=FILE]`
+[--batch=N] [--image-size=N] [--dtype=float32|bfloat16] [--torch-compile=yes|no] [--cores=N]
+[--check] [--json] [--plot=FILE]`
 
 Forward, backward and update by SGD with momentum; uint8 images, uploaded at each step and
 normalised on the device; the same weights, so that the losses of the first steps must agree
@@ -10,7 +10,9 @@ normalised on the device; the same weights, so that the losses of the first step
 last, autocast and torch.compile (the latter two on a GPU; on a CPU where asked for). Of Zoom-in-Net
 there are two: `users`, with two passes and crops cut by the host, and `best`, on the device in one.
 No dropout, augmentation or auxiliary head on either side, and one group of normalisation, as
-PyTorch has. Each side is a process of its own; they take turns, and the fastest round counts.
+PyTorch has. Each side is a process of its own; they take turns, and the fastest round counts. On a
+CPU the processor's time of a step is told as well: with --cores=1 it is fair on a machine that is
+shared with others, on which threads that wait for one another are slowed most.
 
 Needs torch, torchvision and timm beside JAX; neither TensorFlow nor config pages.
 """
@@ -65,6 +67,7 @@ def main() -> None:
   parser.add_argument("--torch-compile", choices=("yes", "no"), help="yes but on a CPU")
   parser.add_argument("--torch-layout", choices=("last", "first"), default="last",
                       help="where PyTorch keeps channels")
+  parser.add_argument("--cores", type=int, help="of the CPU, for each side; all by default")
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--seconds", type=float, help="of a round, about")
   parser.add_argument("--check", action="store_true", help="exit with 1 where losses differ")
@@ -114,10 +117,12 @@ def measure(model: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
              for side in sides(model)}
     counts = {side: max(1, min(200, math.ceil(flags.seconds / one.ready["step_seconds"])))
               for side, one in there.items()}
-    times = {side: [] for side in there}
+    times, worked = ({side: [] for side in there} for _ in range(2))
     for _ in range(flags.rounds):
       for side, one in there.items():
-        times[side].append(one.ask(counts[side])["milliseconds"])
+        answer = one.ask(counts[side])
+        times[side].append(answer["milliseconds"])
+        worked[side].append(answer["processor_ms"])
     memory = {side: one.ask(0)["memory"] for side, one in there.items()}
   ours = there["ours"].ready
   images = page.data.batch_size * (2 if model in pages.PAIRS else 1)
@@ -132,7 +137,9 @@ def measure(model: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
       flops=ours["flops"], memory=memory[side], asked=model,
       losses=[rows.rounded(loss, 7) for loss in one.ready["losses"]],
       same_losses=agree(ours["losses"], one.ready["losses"], page.precision),
-      ours_over_it=rows.rounded(min(times[side]) / min(times["ours"]))))
+      ours_over_it=rows.rounded(min(times[side]) / min(times["ours"])),
+      processor_ms=rows.spread(worked[side]),
+      ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"]))))
   return found
 
 
@@ -156,7 +163,8 @@ class child:
 
   def __init__(self, model: str, side: str, page: pages.Page, flags: Any, scratch: str):
     spec = {"model": model, "side": side, "page": page.to_dict(), "scratch": scratch,
-            "compile": flags.torch_compile, "channels_last": flags.torch_layout == "last"}
+            "compile": flags.torch_compile, "channels_last": flags.torch_layout == "last",
+            "cores": flags.cores}
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false",
                        TF_CPP_MIN_LOG_LEVEL="3")
     self.side = side
@@ -199,6 +207,8 @@ def dtype_here() -> str:
 def serve(spec: Mapping[str, Any]) -> None:
   """A side's process: says what is ready, then how long so many steps take; 0: its memory."""
   page = _page(spec["page"])
+  if spec["cores"]:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:spec["cores"]])
   make = ours if spec["side"] == "ours" else theirs
   for answer in make(page, spec, (int(text) for text in sys.stdin)):
     print(json.dumps(answer), flush=True)
@@ -258,9 +268,9 @@ def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict
       held = (device.memory_stats() or {}).get("peak_bytes_in_use")
       yield {"memory": held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
       continue
-    begin = time.perf_counter()
+    watch = Watch()
     state, _ = run(state, count)
-    yield {"milliseconds": (time.perf_counter() - begin) * 1000 / count}
+    yield watch.each(count)
 
 
 def theirs(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:
@@ -287,11 +297,22 @@ def theirs(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[di
       yield {"memory": side.memory()}
       continue
     side.number = 0
-    begin = time.perf_counter()
+    watch = Watch()
     for _ in range(count):
       side.step()
     side.wait()
-    yield {"milliseconds": (time.perf_counter() - begin) * 1000 / count}
+    yield watch.each(count)
+
+
+class Watch:
+  """Milliseconds, by the clock and of this process's threads, since it was made."""
+
+  def __init__(self):
+    self.clock, self.worked = time.perf_counter(), time.process_time()
+
+  def each(self, count: int) -> dict[str, float]:
+    return {"milliseconds": (time.perf_counter() - self.clock) * 1000 / count,
+            "processor_ms": (time.process_time() - self.worked) * 1000 / count}
 
 
 def drawn(tree: Any) -> Any:
@@ -374,12 +395,13 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
       f"{one['asked']} {config['image_size']}²", config["side"], one["batch"], one["dtype"],
       one["images_per_second"], one["step_ms"]["min"], one["step_ms"]["median"],
       one["peak_memory_bytes"] / 2**30, one["compile_seconds"],
-      None if config["side"] == "ours" else one["ours_over_it"],
+      *((None, None) if config["side"] == "ours" else
+        (one["ours_over_it"], one["ours_over_it_in_processor_time"])),
       "yes" if one["same_losses"] else "NO"))
   first = found[0]
   return "\n" + f"{first['device_kind']}; the fastest round of each\n" + rows.table(
     ("model", "side", "batch", "dtype", "images/s", "ms", "median", "GiB", "compile s",
-     "ours over it", "same losses"), lines)
+     "ours over it", "by processor", "same losses"), lines)
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
