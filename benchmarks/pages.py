@@ -102,8 +102,8 @@ def adapted(
 def plain(page: Page) -> Page:
   """A copy that does what any trainer does, so that another one can do the same.
 
-  SGD with momentum, cross-entropy, no augmentation, no average of the params, no local contrast, one
-  group.
+  SGD with momentum, cross-entropy, one group; no augmentation, average of the params or local
+  contrast.
   """
   page = copy.deepcopy(page)
   each = 1 if page.model.name == "global_attention" else 2
