@@ -16,6 +16,18 @@ SIZES = {  # pixels a side for which a backbone was published; of the others 224
   "cnn": 48}
 PAIRS = ("demo", "zoom_in_net", "zoom_in_net_fast", "m_net")
 
+# (batch of a device, pixels a side) of a model: small is for two cores, full for a card of 80 GB.
+SHAPES = {
+  "small": {"cnn": (32, 48), "resnet_small": (32, 160), "resnet_local": (32, 160),
+            "resnet18": (16, 96), "resnet50": (8, 64), "vgg16": (4, 64), "densenet121": (4, 64),
+            "inception_v3": (2, 96), "inception_resnet_v2": (2, 96), "demo": (8, 160),
+            "m_net": (1, 96), "zoom_in_net": (1, 96), "zoom_in_net_fast": (1, 96)},
+  "full": {"resnet50": (256, 224), "resnet18": (512, 224), "inception_resnet_v2": (64, 492),
+           "inception_v3": (128, 384), "densenet121": (128, 224), "vgg16": (128, 224),
+           "demo": (64, 160), "m_net": (32, 492), "zoom_in_net": (16, 492),
+           "zoom_in_net_fast": (16, 492)},
+}
+
 
 class Page(dict):
   """A dictionary whose keys are attributes."""
@@ -62,6 +74,11 @@ def named(model: str) -> Page:
     page.model.name, page.model.backbone = "m_net", backbone or page.model.backbone
     page.phases = Page(joint=page.phases.m)
   return page
+
+
+def shape(model: str, size: str) -> tuple[int, int | None]:
+  """(batch of a device, pixels a side) for a model at a benchmark's size."""
+  return SHAPES[size].get(model.partition(":")[0], (8, None))
 
 
 def adapted(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from benchmarks.rows import rounded
 from medattn_jax import experiment as experiments
 from medattn_jax import models
 from medattn_jax.experiment import Experiment
+from medattn_jax.programs import ceilings, traffic
+
+_WORKSPACE = re.compile(r", u8\[(\d+)\](?:\{0\})?\) custom-call\(")
 
 
 def build(page: Any, phase: str | None, devices: Sequence[Any] | None = None) -> Experiment:
@@ -59,3 +66,76 @@ def compiled(lower: Callable[[], jax.stages.Lowered]) -> tuple[Any, Any, float]:
   lowered = lower()
   program = lowered.compile()
   return lowered, program, time.perf_counter() - begin
+
+
+def flops(page: Any, phase: str) -> float:
+  """Floating point operations of an update, over all devices: XLA's count, before it compiles.
+
+  Of one small batch on one device: a program's own count sees a loop's body once.
+  """
+  page = copy.deepcopy(page)
+  each = page.phases[phase].accumulation
+  page.phases[phase].accumulation = 1
+  lowered = build(page, phase, jax.devices()[:1]).lower_train_step()
+  return each * lowered.cost_analysis()["flops"]
+
+
+def moved(text: str) -> float | None:
+  """Bytes that one run of a device's program moves; None where its text does not tell."""
+  try:
+    found = sum(traffic.moved(text).values())
+  except traffic.UnknownLoop:
+    return None
+  # What a GPU's convolution may scribble on is no traffic that it has to have.
+  return found - sum(map(int, _WORKSPACE.findall(text)))
+
+
+class Ceilings(NamedTuple):
+  """What a device reaches, measured and by its data sheet.
+
+  Attributes:
+    multiplied: floating point operations a second of a matrix product in the step's precision.
+    copied: bytes read and written a second.
+    sheet: the data sheet's operations a second in bfloat16; None where it is not known.
+  """
+
+  multiplied: float
+  copied: float
+  sheet: float | None
+
+
+@functools.cache
+def ceilings_here(precision: str) -> Ceilings:
+  device = jax.devices()[0]
+  known = ceilings.sheet(device)
+  return Ceilings(ceilings.matmul_rate(device, precision), ceilings.copy_rate(device),
+                  known.flops if known else None)
+
+
+def efficiency(
+  milliseconds: float, operations: float, accessed: float | None, devices: int, held: Ceilings
+) -> dict[str, Any]:
+  """How near a step is to the machine.
+
+  Args:
+    operations: of a step, over all devices.
+    accessed: bytes that a device moves.
+
+  Returns:
+    mfu: share of the devices' measured matmul ceiling; None on a CPU, where it is
+    `ceiling_share` alone; the bound of its own program (the longer of its arithmetic at that
+    ceiling and its bytes at the copies' rate), and the step's time over it.
+  """
+  arithmetic = 1000 * operations / devices / held.multiplied
+  memory = None if accessed is None else 1000 * accessed / held.copied
+  bound = max(arithmetic, memory or 0.0)
+  share = arithmetic / milliseconds
+  accelerator = jax.devices()[0].platform != "cpu"
+  return {
+    "mfu": share if accelerator else None, "ceiling_share": rounded(share),
+    "data_sheet_share": None if held.sheet is None else rounded(
+      1000 * operations / devices / held.sheet / milliseconds),
+    "matmul_flops_per_second": rounded(held.multiplied),
+    "copy_bytes_per_second": rounded(held.copied), "bytes_per_device": accessed,
+    "roofline_ms": rounded(bound), "bound_by": "memory" if (memory or 0) > arithmetic else
+    "arithmetic", "step_over_roofline": rounded(milliseconds / bound)}

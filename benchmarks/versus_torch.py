@@ -44,12 +44,6 @@ SIZES = {
   "full": {"models": "resnet50,inception_resnet_v2,inception_v3,densenet121,vgg16,zoom_in_net",
            "rounds": 5, "seconds": 3.0},
 }
-# (batch, pixels a side) of a model at a size; full is a card of 80 GB or more.
-SHAPES = {
-  "small": {"resnet_small": (32, 160), "resnet18": (16, 96), "resnet50": (8, 64), "demo": (8, 160)},
-  "full": {"resnet50": (256, 224), "inception_resnet_v2": (64, 492), "inception_v3": (128, 384),
-           "densenet121": (128, 224), "vgg16": (128, 224), "zoom_in_net": (16, 492)},
-}
 FIRST = 3  # steps whose losses are compared
 NEEDED = ("torch", "torchvision", "timm")
 
@@ -104,7 +98,7 @@ def sides(model: str) -> tuple[str, ...]:
 
 def measure(model: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   """A line for each side, in the order of `sides`."""
-  batch, image_size = SHAPES[flags.size].get(model, (None, None))
+  batch, image_size = pages.shape(model, flags.size)
   if model.startswith("m_net"):
     raise UserError(f"--models: {model}; accepted: a backbone, demo, zoom_in_net")
   page = pages.adapted(
