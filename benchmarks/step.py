@@ -166,20 +166,22 @@ def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   def draw(panel):
     names = [f"{one['asked']} {one['config']['phase']}\n{one['config']['parallel']}, "
              f"{one['devices']} × {one['batch'] // one['devices']}" for one in found]
-    bars = panel.barh(names, [one["step_ms"]["min"] for one in found], height=0.6,
-                      color="#4c78a8", label="step")
-    panel.bar_label(bars, [f"{one['images_per_second']:.3g} images/s" for one in found],
-                    padding=3, fontsize=8)
+    panel.barh(names, [one["step_ms"]["min"] for one in found], height=0.6, color="#4c78a8",
+               label="step")
     panel.barh(names, [one["roofline_ms"] for one in found], height=0.25, color="#f58518",
                label="roofline")
+    for place, one in enumerate(found):
+      panel.annotate(f"{rows.shown(one['images_per_second'])} images/s",
+                     (max(one["step_ms"]["min"], one["roofline_ms"]), place), (4, 0),
+                     textcoords="offset points", va="center", fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel("ms")
     panel.margins(x=0.2)
     panel.tick_params(axis="y", labelsize=8)
     panel.set_title(f"{found[0]['device_kind']}, {found[0]['dtype']}", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
-  rows.figure(path, 6.5, 1.2 + 0.5 * len(found), draw)
+  rows.figure(path, 7.5, 1.2 + 0.5 * len(found), draw)
 
 
 if __name__ == "__main__":

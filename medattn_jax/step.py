@@ -228,8 +228,9 @@ def make_train_step(
   Returns:
     step(state, batch), the batch split along B.
   """
-  local = local_step(
-      apply, optimizer, devices=mesh.size, axis=sharding.AXIS, common=common, **options)
+  # Alone, a device has nothing to join: no vector is made of its gradients and taken apart again.
+  axis = sharding.AXIS if mesh.size > 1 else None
+  local = local_step(apply, optimizer, devices=mesh.size, axis=axis, common=common, **options)
   where = sharding.placed(state)
   inputs = {name: P(None, sharding.AXIS) for name in ("image", "level", "mask")}
   if common:
