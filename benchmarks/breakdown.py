@@ -70,10 +70,10 @@ def main() -> None:
 
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   """A line for each part, one for their sum and one for the whole."""
-  from benchmarks import step, steps
+  from benchmarks import steps
   from medattn_jax.programs import report
 
-  (count,) = step.devices(str(flags.devices))
+  (count,) = steps.devices(str(flags.devices))
   import jax
 
   page = pages.named(flags.model)

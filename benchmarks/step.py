@@ -52,9 +52,11 @@ def main() -> None:
   for name, value in SIZES[flags.size].items():
     if getattr(flags, name) is None:
       setattr(flags, name, value)
+  from benchmarks import steps
+
   found = []
   try:
-    flags.devices = devices(flags.devices)
+    flags.devices = steps.devices(flags.devices)
     for case in cases(flags):
       own = measure(*case, flags)
       found += own
@@ -64,22 +66,6 @@ def main() -> None:
   rows.say(found, table(found), flags.json)
   if flags.plot:
     plot(found, flags.plot)
-
-
-def devices(asked: str | None) -> list[int]:
-  """How many devices to measure on; a CPU is split into as many as are asked for."""
-  import jax
-
-  try:
-    counts = [int(one) for one in asked.split(",")] if asked else []
-  except ValueError:
-    raise UserError(f"--devices={asked}; accepted: numbers with commas between") from None
-  if counts:
-    jax.config.update("jax_num_cpu_devices", max(counts))
-  there = jax.devices()
-  if counts and not 1 <= min(counts) <= max(counts) <= len(there):
-    raise UserError(f"--devices={asked}; accepted: from 1 to {len(there)}")
-  return counts or [len(there) if there[0].platform != "cpu" else 1]
 
 
 def cases(flags: argparse.Namespace) -> Iterator[tuple[str, pages.Page, str, int]]:
@@ -123,7 +109,7 @@ def measure(
   for _ in range(flags.rounds):
     for way, one in running.items():
       times[way].append(one.run(flags.steps))
-  operations, held = steps.flops(page, phase), steps.ceilings_here(page.precision)
+  operations, held = steps.flops(page, phase, count), steps.ceilings_here(page.precision)
   found = []
   for way, (compiled, seconds) in programs.items():
     read = report.read(compiled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -15,10 +16,31 @@ import numpy as np
 from benchmarks.rows import rounded
 from medattn_jax import experiment as experiments
 from medattn_jax import models
+from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
 from medattn_jax.programs import ceilings, traffic
 
 _WORKSPACE = re.compile(r", u8\[(\d+)\](?:\{0\})?\) custom-call\(")
+
+
+def split(count: int) -> None:
+  """Makes so many devices of a CPU, unless JAX has counted them already."""
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def devices(asked: str | None) -> list[int]:
+  """How many devices to measure on; a CPU is split into as many as are asked for."""
+  try:
+    counts = [int(one) for one in asked.split(",")] if asked else []
+  except ValueError:
+    raise UserError(f"--devices={asked}; accepted: numbers with commas between") from None
+  if counts:
+    split(max(1, *counts))
+  there = jax.devices()
+  if counts and not 1 <= min(counts) <= max(counts) <= len(there):
+    raise UserError(f"--devices={asked}; accepted: from 1 to {len(there)}")
+  return counts or [len(there) if there[0].platform != "cpu" else 1]
 
 
 def build(page: Any, phase: str | None, devices: Sequence[Any] | None = None) -> Experiment:
@@ -68,16 +90,18 @@ def compiled(lower: Callable[[], jax.stages.Lowered]) -> tuple[Any, Any, float]:
   return lowered, program, time.perf_counter() - begin
 
 
-def flops(page: Any, phase: str) -> float:
+def flops(page: Any, phase: str, devices: int = 1) -> float:
   """Floating point operations of an update, over all devices: XLA's count, before it compiles.
 
-  Of one small batch on one device: a program's own count sees a loop's body once.
+  Of one small batch on one device, times how many there are: a program's own count sees a loop's
+  body once, and each device updates all params.
   """
   page = copy.deepcopy(page)
   each = page.phases[phase].accumulation
   page.phases[phase].accumulation = 1
+  page.data.batch_size //= devices
   lowered = build(page, phase, jax.devices()[:1]).lower_train_step()
-  return each * lowered.cost_analysis()["flops"]
+  return devices * each * lowered.cost_analysis()["flops"]
 
 
 def moved(text: str) -> float | None:

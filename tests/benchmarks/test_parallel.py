@@ -10,7 +10,7 @@ from medattn_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def now():
-  page = pages.named("resnet_local")
+  page = pages.named("cnn")
   page = pages.adapted(page, devices=2, batch=8, precision="float32", image_size=16)
   page.augment.brightness = 0.2  # each example draws its own, wherever it lies
   return steps.build(page, "joint", jax.devices()[:2])
