@@ -139,6 +139,13 @@ def make_parser() -> Parser:
     for flag, option in options.items():
       add.add_argument(flag, **option)
 
+  add = command("plan", plan, "reckon what a page would take on chips that need not be here: "
+                "memory, images/s, hours")
+  add.add_argument("--config", required=True, metavar="F", help="a page such as configs/demo.py")
+  add.add_argument("--target", required=True, metavar="T", help="v5e, v5p, v6e, h100 or h200, "
+                   "alone or with a topology (v5e:2x4, h200:8); cpu:8; here")
+  add.epilog = "--config.KEY=VALUE changes a key of the page, such as --config.data.batch_size=8"
+
   command("doctor", doctor, "show versions, devices, a matmul rate and advice")
   return parser
 
@@ -251,6 +258,12 @@ def doctor(flags: argparse.Namespace, rest: Sequence[str]) -> None:
   from medattn_jax import doctor
 
   doctor.run()
+
+
+def plan(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  from medattn_jax import plan
+
+  plan.run(flags.config, flags.target, overrides(rest))
 
 
 def overrides(rest: Sequence[str]) -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ class Experiment:
   ):
     self.config, self.phase, self.page = config, phase, config.phases[phase]
     self.mesh = sharding.mesh(devices)
-    self.model = models.build(config)
+    self.model = models.build(config, self.mesh.devices.flat[0].platform)
     self.common = models.common(config, phase)
     self.bank = bank
     table = models.PHASES[config.model.name]

@@ -28,7 +28,7 @@ FLOORS = (
   {"step", "bank"},
   {"experiment"},
   {"trained", "train", "evaluate", "explain", "explain_map", "predictor", "export", "doctor",
-   "compiling", "continuation", "fill_bank", "import_weights", "studies"},
+   "compiling", "continuation", "fill_bank", "import_weights", "studies", "forecast", "plan"},
   {"cli"},
   {"__main__", "__init__"},
 )

@@ -194,7 +194,7 @@ def test_a_crop_larger_than_the_image_is_refused():
     crops.corners(jnp.zeros((1, 1, 2), jnp.int32), 10, 20, 21)
 
 
-@pytest.mark.parametrize("full, size", [(400, 160), (123, 50), (40, 64)])
+@pytest.mark.parametrize("full, size", [(400, 160), (123, 50), (40, 64), (40, 40)])
 def test_small_view_is_pillows_antialiased_resize(full, size):
   image = np.random.default_rng(3).integers(0, 256, (full, full, 3)).astype(np.uint8)
   wanted = np.stack([

@@ -42,6 +42,9 @@ TRUNKS = {
   "inception_resnet_v2": {"final_conv": False}, "vgg16": {"hidden": None},
   "vgg16_bn": {"hidden": None}}
 
+# Backbones whose stem a TPU computes in blocks of pixels (see `blocks`): the same numbers, sooner.
+IN_BLOCKS = ("inception_resnet_v2", "inception_v3")
+
 # Heads that a backbone has in training beside its own.
 AUXILIARY = {"googlenet": ("aux1", "aux2")}
 
@@ -82,8 +85,9 @@ ANSWERS = {
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build(config: Any) -> nn.Module:
-  """The model of a config page.
+def build(config: Any, platform: str = "") -> nn.Module:
+  """The model of a config page, arranged for the devices of a platform ("tpu", …): all
+  arrangements have the same variables and give the same answers.
 
   Raises:
     UserError: a name that is in none of the tables.
@@ -99,12 +103,12 @@ def build(config: Any) -> nn.Module:
     "group_size": config.norm.group_size, "norm_momentum": config.norm.momentum,
     "dtype": _named("precision", config.precision, PRECISIONS),
     "backbone": functools.partial(
-      _named("model.backbone", model.backbone, BACKBONES), **TRUNKS.get(model.backbone, {})),
+      _arranged("model.backbone", model.backbone, platform), **TRUNKS.get(model.backbone, {})),
   }
   if model.name == "m_net":
     return MNet(**options)
   return ZoomInNet(
-    crop_backbone=_named("model.crop_backbone", model.crop_backbone, BACKBONES),
+    crop_backbone=_arranged("model.crop_backbone", model.crop_backbone, platform),
     attention_features=model.attention_features, attention_kernel=model.attention_kernel,
     crop_size=model.crop_size,
     num_regions=model.num_regions, mask_size=model.mask_size, mask_scope=model.mask_scope,
@@ -199,6 +203,13 @@ def backbone(name: str, num_classes: int | None = None, **options: Any) -> nn.Mo
     UserError: an unknown name.
   """
   return _named("backbone", name, BACKBONES)(num_classes=num_classes, **options)
+
+
+def _arranged(key: str, name: str, platform: str) -> Any:
+  """The constructor of a backbone, arranged for a platform."""
+  constructor = _named(key, name, BACKBONES)
+  in_blocks = platform == "tpu" and name in IN_BLOCKS
+  return functools.partial(constructor, blocks=True) if in_blocks else constructor
 
 
 def _named(key: str, name: str, table: Mapping[str, Any]) -> Any:

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from medattn_jax.models import blocks
+from medattn_jax.models.blocks import Blocks
 from medattn_jax.models.norm import Array
+
+
+def max_pool(x: Float[Array, "b h w c"] | Blocks) -> Float[Array, "b h2 w2 c"]:
+  """Maximum of 3×3 windows at stride 2, without padding."""
+  return blocks.max_pool(x) if isinstance(x, Blocks) else nn.max_pool(x, (3, 3), (2, 2))
 
 
 def ceil_max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:

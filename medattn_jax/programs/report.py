@@ -15,6 +15,7 @@ from medattn_jax.programs import traffic
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
+_NOWHERE = "jit(local)/shard_map"  # of what a compiler made itself
 # What libtpu cannot estimate, it counts as minus one second.
 _UNKNOWN = re.compile(r'custom_call_target="ConcatBitcast"')
 
@@ -30,9 +31,9 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """One instruction of the entry computation, by the compiler's own estimate."""
+  """One instruction of those that run, by the compiler's own estimate."""
 
-  cycles: int
+  cycles: int  # of all its rounds
   name: str
   kind: str
   shape: str
@@ -48,7 +49,7 @@ class Report(NamedTuple):
     arguments, outputs, aliased, temporaries, peak: memory; the peak includes the arguments.
     flops, accessed: floating point operations and bytes read and written; loops' bodies once.
     seconds: the compiler's estimate of a run, of TPUs alone.
-    cycles: the sum over the entry's instructions, of TPUs alone.
+    cycles: the sum over the instructions that run, of TPUs alone; loops as often as `read` says.
   """
 
   collectives: tuple[Collective, ...]
@@ -82,11 +83,16 @@ class Report(NamedTuple):
     del fields["collectives"]
     return {
       "collectives": self.counts, "wire_bytes": self.wire,
-      "synchronous": sum(one.synchronous for one in self.collectives), **fields}
+      "synchronous": sum(one.synchronous for one in self.collectives),
+      "inside": sum(one.inside for one in self.collectives), **fields}
 
 
-def read(compiled: Any) -> Report:
-  """A report of a `jax.stages.Compiled`."""
+def read(compiled: Any, rounds: int = 1) -> Report:
+  """A report of a `jax.stages.Compiled`.
+
+  `rounds`: how often a loop runs where the text does not tell it, as a TPU's never does; of
+  `cycles` alone.
+  """
   text, memory = compiled.as_text(), compiled.memory_analysis()
   cost = compiled.cost_analysis() or {}
   parts = {
@@ -95,7 +101,7 @@ def read(compiled: Any) -> Report:
      ("temporaries", "temp"))}
   held = parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temporaries"]
   seconds = cost.get("optimal_seconds")
-  cycles = sum(one.cycles for one in costs(text))
+  cycles = sum(one.cycles for one in costs(text, rounds))
   return Report(
     collectives=collectives(text), donated=donated(text), **parts,
     # A CPU's peak is of the arguments alone.
@@ -128,16 +134,38 @@ def donated(text: str) -> int:
   return len(re.findall(r"(?:may|must)-alias\)", text[: text.index("\n")]))
 
 
-def costs(text: str) -> list[Cost]:
-  """The entry's instructions that a TPU's compiler gives cycles, in the order of the text."""
+def inputs(text: str) -> list[str]:
+  """The names of the arguments that a program takes; those that it never reads are not among them.
+  """
+  program, entry = traffic.parse(text)
+  return [scope(one) for one in program[entry].values() if one.kind == "parameter"]
+
+
+def costs(text: str, rounds: int = 1) -> list[Cost]:
+  """The instructions that run and that a TPU's compiler gives cycles, in the order of the text.
+
+  A loop's body counts as often as it runs: as the text says, or else `rounds` times.
+  """
   program, entry = traffic.parse(text)
   found = []
-  for one in program[entry].values():
+  for _, one, times in traffic.run(program, entry, rounds):
     if cycles := _CYCLES.search(one.rest):
-      scope = _SCOPE.search(one.rest)
       found.append(Cost(
-        int(cycles.group(1)), one.name, one.kind, one.shape, scope.group(1) if scope else ""))
+        times * int(cycles.group(1)), one.name, one.kind, one.shape, scope(one, program)))
   return found
+
+
+def scope(one: traffic.Instruction, program: traffic.Program | None = None) -> str:
+  """An instruction's op_name: where in the model it comes from; "" for none.
+
+  Of a fusion that has none of its own, with its `program`, the last one within it that has.
+  """
+  found = _SCOPE.search(one.rest)
+  name = found.group(1).replace("\\'", "'") if found else ""
+  if program and one.kind == "fusion" and "/" not in name.removeprefix(_NOWHERE):
+    within = (scope(inner) for inner in reversed(traffic.called(program, one).values()))
+    return next((own for own in within if "/" in own.removeprefix(_NOWHERE)), name)
+  return name
 
 
 def _platform(compiled: Any) -> str:

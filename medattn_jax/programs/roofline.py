@@ -40,20 +40,29 @@ class Bound(NamedTuple):
 
 
 def bound(flops: float, accessed: float, wire: float, launches: int, devices: int, chip: Chip,
-          compiler: float | None = None) -> Bound:
-  """The bound of a step of so many operations, and bytes of memory and of collectives, a device."""
+          compiler: float | None = None, hosts: int = 1) -> Bound:
+  """The bound of a step of so many operations, and bytes of memory and of collectives, a device.
+
+  hosts: between which there is the chip's network alone.
+  """
   return Bound(
     flops / chip.flops, accessed / chip.bandwidth,
-    reduced(wire, devices, chip) + (launches * LAUNCH if devices > 1 else 0.0), compiler)
+    reduced(wire, devices, chip, hosts) + (launches * LAUNCH if devices > 1 else 0.0), compiler)
 
 
-def reduced(count: float, devices: int, chip: Chip) -> float:
-  """Seconds of a ring's all-reduce of so many bytes: each crosses a link twice, but for 1/n."""
-  return 2 * (devices - 1) / devices * count / chip.link
+def reduced(count: float, devices: int, chip: Chip, hosts: int = 1) -> float:
+  """Seconds of rings' all-reduce of so many bytes: each crosses a link twice, but for 1/n.
+
+  Over several hosts, each chip reduces its share of what its host has reduced with its fellows.
+  """
+  here = devices // hosts
+  inside = 2 * (here - 1) / here * count / chip.link
+  return inside + 2 * (hosts - 1) / hosts * (count / here) / chip.network
 
 
-def of(report: Report, flops: float, accessed: float, devices: int, chip: Chip) -> Bound:
+def of(report: Report, flops: float, accessed: float, devices: int, chip: Chip,
+       hosts: int = 1) -> Bound:
   """The bound of a compiled program; `flops` and `accessed` a device, where it tells none."""
   return bound(
     report.flops or flops, report.accessed or accessed, sum(report.wire.values()),
-    len(report.collectives), devices, chip, report.seconds)
+    len(report.collectives), devices, chip, report.seconds, hosts)

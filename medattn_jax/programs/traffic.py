@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
@@ -25,6 +26,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _FLOATS = {"f16", "bf16", "f32", "f64"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
          "partition-id", "replica-id", "optimization-barrier"}
+_SCRATCH = re.compile(r", [su]8\[\d+\][^,]*\)$")  # a library's workspace: of what is used, unknown
 _SAME = {"bitcast", "reshape", "copy-done"}  # another name of the same bytes, inside a fusion
 
 
@@ -51,8 +53,50 @@ def moved(text: str) -> dict[str, int]:
   Raises:
     UnknownLoop: a loop without a known number of rounds.
   """
+  return dict(sum((bytes for *_, bytes in each(text)), collections.Counter()))
+
+
+def each(
+    text: str, rounds: int | None = None
+) -> list[tuple[Instruction, int, collections.Counter]]:
+  """Every instruction that moves bytes: itself, how often it runs, and {dtype: bytes} in all.
+
+  Loops, calls and branches are entered; a fusion is one instruction. `rounds`: of a loop of which
+  the text does not tell.
+
+  Raises:
+    UnknownLoop: there is such a loop, and `rounds` is None.
+  """
   program, entry = parse(text)
-  return dict(_computation(program, entry))
+  found = []
+  for inside, one, times in run(program, entry, rounds):
+    if bytes := _instruction(program, inside, one):
+      found.append((one, times, _multiplied(bytes, times)))
+  return found
+
+
+def run(
+    program: Program, name: str, rounds: int | None = None, times: int = 1
+) -> Iterator[tuple[str, Instruction, int]]:
+  """(computation, instruction, how often) of all that a computation runs; of a branch, the side
+  that moves more. Arguments and errors as `each`."""
+  for one in program[name].values():
+    if one.kind == "while":
+      told = _TRIPS.search(one.rest)
+      if not told and rounds is None:
+        raise UnknownLoop(one.name)
+      number = int(told.group(1)) if told else rounds
+      yield from run(program, _called(one, "body"), rounds, times * number)
+    elif one.kind == "call":
+      yield from run(program, _called(one, "to_apply"), rounds, times)
+    elif one.kind == "conditional":
+      names = _names(_BRANCHES.search(one.rest)) or [
+        _called(one, key) for key in ("true_computation", "false_computation")]
+      sides = [list(run(program, side, rounds, times)) for side in names]
+      yield from max(sides, key=lambda side: sum(
+        number * _instruction(program, name, one).total() for name, one, number in side))
+    else:
+      yield name, one, times
 
 
 def floats(text: str, least: int) -> list[str]:
@@ -125,42 +169,36 @@ def size(shape: str) -> collections.Counter:
   return found
 
 
-def _computation(program: Program, name: str) -> collections.Counter:
-  total = collections.Counter()
-  for one in program[name].values():
-    total += _instruction(program, name, one)
-  return total
+def called(program: Program, fusion: Instruction) -> dict[str, Instruction]:
+  """What a fusion computes."""
+  return program[_called(fusion, "calls")]
+
+
+def _called(one: Instruction, key: str) -> str:
+  return re.search(rf"\b{key}=%?([\w.\-]+)", one.rest).group(1)
+
+
+def _multiplied(bytes: collections.Counter, times: int) -> collections.Counter:
+  return collections.Counter({kind: times * n for kind, n in bytes.items()})
 
 
 def _instruction(program: Program, inside: str, one: Instruction) -> collections.Counter:
-  called = lambda key: re.search(rf"\b{key}=%?([\w.\-]+)", one.rest)
   given = lambda name: size(program[inside][name].shape)
   if one.kind in _FREE or one.kind.endswith("-done"):
     return collections.Counter()
-  if one.kind == "while":
-    rounds = _TRIPS.search(one.rest)
-    if not rounds:
-      raise UnknownLoop(one.name)
-    body = _computation(program, called("body").group(1))
-    return collections.Counter({kind: int(rounds.group(1)) * n for kind, n in body.items()})
-  if one.kind == "call":
-    return _computation(program, called("to_apply").group(1))
-  if one.kind == "conditional":
-    names = _names(_BRANCHES.search(one.rest)) or [
-      called(key).group(1) for key in ("true_computation", "false_computation")]
-    return max((_computation(program, name) for name in names), key=collections.Counter.total)
   if one.kind == "fusion":
-    return _fusion(program, one, [given(name) for name in one.operands], called("calls").group(1))
+    return _fusion(program, one, [given(name) for name in one.operands])
   if one.kind in ("dynamic-slice", "slice", "gather"):
     return size(one.shape) + size(one.shape)
   if one.kind == "dynamic-update-slice":
     return given(one.operands[1]) + given(one.operands[1])
-  return sum((given(name) for name in one.operands), size(one.shape))
+  shape = _SCRATCH.sub("", one.shape) if one.kind == "custom-call" else one.shape
+  return sum((given(name) for name in one.operands), size(shape))
 
 
-def _fusion(program, one, operands, called) -> collections.Counter:
+def _fusion(program, one, operands) -> collections.Counter:
   """Of an operand that is only sliced, the slices; of a result that is only updated, the update."""
-  body = program[called]
+  body = called(program, one)
   total = collections.Counter()
   for inner in body.values():
     if inner.kind == "parameter":

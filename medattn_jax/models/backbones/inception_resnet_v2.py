@@ -7,25 +7,38 @@ Layout, names and numbers are those of the published PyTorch weights (timm, afte
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from medattn_jax.models.norm import Array, Conv, ConvBN
+from medattn_jax.models import blocks
+from medattn_jax.models.norm import Array, Conv, ConvBN, together
+from medattn_jax.models.pooling import max_pool
 
 
-def max_pool(x: Array) -> Array:
-  return nn.max_pool(x, (3, 3), (2, 2))
-
-
-def chain(unit: Callable, name: str, x: Array, train: bool, *layers: tuple) -> Array:
-  """Applies units `name`-0, `name`-1, … of the arguments in `layers`."""
-  for i, layer in enumerate(layers):
+def chain(
+  unit: Callable, name: str, x: Array, train: bool, layers: Sequence[tuple], first: int = 0,
+) -> Array:
+  """Applies units `name`-first, … of the arguments in `layers`."""
+  for i, layer in enumerate(layers, first):
     x = unit(*layer, name=f"{name}-{i}")(x, train)
   return x
+
+
+def side_by_side(unit: Callable, x: Array, train: bool, branches: Sequence) -> list[Array]:
+  """Each branch's answer to `x`; their first units, all 1×1, are computed as one.
+
+  Units are named branch<i>-<j>, a branch's only one branch<i>.
+  """
+  names = [f"branch{i}-0" if len(b) > 1 else f"branch{i}" for i, b in enumerate(branches)]
+  firsts = together(
+    [unit(*b[0], name=name) for b, name in zip(branches, names, strict=True)], x, train)
+  return [
+    chain(unit, f"branch{i}", y, train, b[1:], first=1)
+    for i, (b, y) in enumerate(zip(branches, firsts, strict=True))]
 
 
 class Block(nn.Module):
@@ -33,7 +46,7 @@ class Block(nn.Module):
 
   Attributes:
     unit: constructor of a convolution with normalisation and ReLU.
-    branches: (features, kernel size) of the layers of each branch.
+    branches: (features, kernel size) of the layers of each branch; the first is 1×1.
     relu: the last block of the network has none.
   """
 
@@ -44,10 +57,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-    unit = self.unit
-    first, *others = self.branches
-    parts = [unit(*first, name="branch0")(x, train)]
-    parts += [chain(unit, f"branch{i}", x, train, *b) for i, b in enumerate(others, 1)]
+    parts = side_by_side(self.unit, x, train, self.branches)
     y = Conv(x.shape[-1], use_bias=True, dtype=x.dtype, name="conv2d")(jnp.concatenate(parts, -1))
     x = x + y * self.scale
     return nn.relu(x) if self.relu else x
@@ -62,10 +72,9 @@ class Stem(nn.Module):
   def __call__(self, x, train):
     # Border cells average the cells inside alone.
     mean = nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=False)
+    branches = (((96,),), ((48,), (64, (5, 5))), ((64,), (96, (3, 3)), (96, (3, 3))))
     return jnp.concatenate([
-      self.unit(96, name="branch0")(x, train),
-      chain(self.unit, "branch1", x, train, (48,), (64, (5, 5))),
-      chain(self.unit, "branch2", x, train, (64,), (96, (3, 3)), (96, (3, 3))),
+      *side_by_side(self.unit, x, train, branches),
       self.unit(64, name="branch3-1")(mean, train)], -1)
 
 
@@ -82,14 +91,12 @@ class Reduction(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    parts = []
-    for i, branch in enumerate(self.branches):
-      *before, (features, kernel) = branch
-      layers = (*before, (features, kernel, 2, (0, 0)))
-      if len(layers) == 1:
-        parts.append(self.unit(*layers[0], name=f"branch{i}")(x, train))
-      else:
-        parts.append(chain(self.unit, f"branch{i}", x, train, *layers))
+    branches = [(*before, (*last, 2, (0, 0))) for *before, last in self.branches]
+    if len(branches[0]) == 1:
+      parts = [self.unit(*branches[0][0], name="branch0")(x, train)]
+      parts += [chain(self.unit, f"branch{i}", x, train, b) for i, b in enumerate(branches[1:], 1)]
+    else:
+      parts = side_by_side(self.unit, x, train, branches)
     return jnp.concatenate([*parts, max_pool(x)], -1)
 
 
@@ -100,6 +107,7 @@ class InceptionResNetV2(nn.Module):
     num_classes: of the dense head `classif`; None leaves it out (logits are None).
     final_conv: ends with the 1×1 convolution `conv2d_7b`, as published. M-Net ends before it.
     group_size, momentum: of the normalisation.
+    blocks: computes the stem in blocks of pixels (see `blocks`): for a TPU.
   """
 
   num_classes: int | None = None
@@ -107,6 +115,7 @@ class InceptionResNetV2(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  blocks: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
@@ -114,6 +123,7 @@ class InceptionResNetV2(nn.Module):
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
     x = x.astype(self.dtype)
+    x = blocks.split(x, 4) if self.blocks else x
     x = unit(32, (3, 3), 2, (0, 0), name="conv2d_1a")(x, train)
     x = unit(32, (3, 3), 1, (0, 0), name="conv2d_2a")(x, train)
     x = unit(64, (3, 3), name="conv2d_2b")(x, train)
@@ -123,18 +133,18 @@ class InceptionResNetV2(nn.Module):
     x = max_pool(x)
     x = Stem(unit, name="mixed_5b")(x, train)
     thirty_five = (
-      (32,), ((32,), (32, (3, 3))), ((32,), (48, (3, 3)), (64, (3, 3))))
+      ((32,),), ((32,), (32, (3, 3))), ((32,), (48, (3, 3)), (64, (3, 3))))
     for i in range(10):
       x = Block(unit, thirty_five, 0.17, name=f"repeat-{i}")(x, train)
     x = Reduction(unit, (
       ((384, (3, 3)),), ((256,), (256, (3, 3)), (384, (3, 3)))), name="mixed_6a")(x, train)
-    seventeen = ((192,), ((128,), (160, (1, 7)), (192, (7, 1))))
+    seventeen = (((192,),), ((128,), (160, (1, 7)), (192, (7, 1))))
     for i in range(20):
       x = Block(unit, seventeen, 0.10, name=f"repeat_1-{i}")(x, train)
     x = Reduction(unit, (
       ((256,), (384, (3, 3))), ((256,), (288, (3, 3))),
       ((256,), (288, (3, 3)), (320, (3, 3)))), name="mixed_7a")(x, train)
-    eight = ((192,), ((192,), (224, (1, 3)), (256, (3, 1))))
+    eight = (((192,),), ((192,), (224, (1, 3)), (256, (3, 1))))
     for i in range(9):
       x = Block(unit, eight, 0.20, name=f"repeat_2-{i}")(x, train)
     x = Block(unit, eight, 1.0, relu=False, name="block8")(x, train)

@@ -7,29 +7,40 @@ and without its input transform: BatchNorm's ε is 1e-3, average pools count the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from medattn_jax.models.norm import Array, ConvBN
-
-
-def max_pool(x: Array) -> Array:
-  return nn.max_pool(x, (3, 3), (2, 2))
+from medattn_jax.models import blocks
+from medattn_jax.models.norm import Array, ConvBN, together
+from medattn_jax.models.pooling import max_pool
 
 
 def average(x: Array) -> Array:
   return nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=True)
 
 
-def chain(unit: Callable, name: str, x: Array, train: bool, *layers: tuple) -> Array:
-  """Applies units `name`_1, `name`_2, … of the arguments in `layers`."""
-  for i, layer in enumerate(layers, 1):
+def chain(unit: Callable, name: str, x: Array, train: bool, layers: Sequence[tuple]) -> Array:
+  """Applies units `name`_2, `name`_3, … of the arguments in `layers`."""
+  for i, layer in enumerate(layers, 2):
     x = unit(*layer, name=f"{name}_{i}")(x, train)
   return x
+
+
+def side_by_side(unit: Callable, x: Array, train: bool, **branches: Sequence[tuple]) -> list[Array]:
+  """Each branch's answer to `x`; their first units, all 1×1, are computed as one.
+
+  Units are named `branch`_1, `branch`_2, …, but for branch1x1, of which there is one.
+  """
+  names = [name if name == "branch1x1" else f"{name}_1" for name in branches]
+  firsts = together(
+    [unit(*b[0], name=name) for name, b in zip(names, branches.values(), strict=True)], x, train)
+  return [
+    chain(unit, name, y, train, b[1:])
+    for y, (name, b) in zip(firsts, branches.items(), strict=True)]
 
 
 class InceptionA(nn.Module):
@@ -40,10 +51,11 @@ class InceptionA(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
+    parts = side_by_side(
+      self.unit, x, train, branch1x1=[(64,)], branch5x5=[(48,), (64, (5, 5))],
+      branch3x3dbl=[(64,), (96, (3, 3)), (96, (3, 3))])
     return jnp.concatenate([
-      self.unit(64, name="branch1x1")(x, train),
-      chain(self.unit, "branch5x5", x, train, (48,), (64, (5, 5))),
-      chain(self.unit, "branch3x3dbl", x, train, (64,), (96, (3, 3)), (96, (3, 3))),
+      *parts,
       self.unit(self.pool_features, name="branch_pool")(average(x), train)], -1)
 
 
@@ -54,11 +66,10 @@ class InceptionB(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
+    parts = side_by_side(
+      self.unit, x, train, branch3x3dbl=[(64,), (96, (3, 3)), (96, (3, 3), 2, (0, 0))])
     return jnp.concatenate([
-      self.unit(384, (3, 3), 2, (0, 0), name="branch3x3")(x, train),
-      chain(self.unit, "branch3x3dbl", x, train,
-            (64,), (96, (3, 3)), (96, (3, 3), 2, (0, 0))),
-      max_pool(x)], -1)
+      self.unit(384, (3, 3), 2, (0, 0), name="branch3x3")(x, train), *parts, max_pool(x)], -1)
 
 
 class InceptionC(nn.Module):
@@ -70,11 +81,11 @@ class InceptionC(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     c, row, column = self.width, (1, 7), (7, 1)
+    parts = side_by_side(
+      self.unit, x, train, branch1x1=[(192,)], branch7x7=[(c,), (c, row), (192, column)],
+      branch7x7dbl=[(c,), (c, column), (c, row), (c, column), (192, row)])
     return jnp.concatenate([
-      self.unit(192, name="branch1x1")(x, train),
-      chain(self.unit, "branch7x7", x, train, (c,), (c, row), (192, column)),
-      chain(self.unit, "branch7x7dbl", x, train,
-            (c,), (c, column), (c, row), (c, column), (192, row)),
+      *parts,
       self.unit(192, name="branch_pool")(average(x), train)], -1)
 
 
@@ -85,11 +96,10 @@ class InceptionD(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    return jnp.concatenate([
-      chain(self.unit, "branch3x3", x, train, (192,), (320, (3, 3), 2, (0, 0))),
-      chain(self.unit, "branch7x7x3", x, train,
-            (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, (0, 0))),
-      max_pool(x)], -1)
+    parts = side_by_side(
+      self.unit, x, train, branch3x3=[(192,), (320, (3, 3), 2, (0, 0))],
+      branch7x7x3=[(192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, (0, 0))])
+    return jnp.concatenate([*parts, max_pool(x)], -1)
 
 
 class InceptionE(nn.Module):
@@ -103,10 +113,11 @@ class InceptionE(nn.Module):
       return [self.unit(384, (1, 3), name=f"{name}a")(y, train),
               self.unit(384, (3, 1), name=f"{name}b")(y, train)]
 
-    single = chain(self.unit, "branch3x3", x, train, (384,))
-    double = chain(self.unit, "branch3x3dbl", x, train, (448,), (384, (3, 3)))
+    first, single, double = side_by_side(
+      self.unit, x, train, branch1x1=[(320,)], branch3x3=[(384,)],
+      branch3x3dbl=[(448,), (384, (3, 3))])
     return jnp.concatenate([
-      self.unit(320, name="branch1x1")(x, train),
+      first,
       *split("branch3x3_2", single), *split("branch3x3dbl_3", double),
       self.unit(192, name="branch_pool")(average(x), train)], -1)
 
@@ -117,12 +128,14 @@ class InceptionV3(nn.Module):
   Attributes:
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
     group_size, momentum: of the normalisation.
+    blocks: computes the stem in blocks of pixels (see `blocks`): for a TPU.
   """
 
   num_classes: int | None = None
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  blocks: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
@@ -130,6 +143,7 @@ class InceptionV3(nn.Module):
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
     x = x.astype(self.dtype)
+    x = blocks.split(x, 4) if self.blocks else x
     x = unit(32, (3, 3), 2, (0, 0), name="Conv2d_1a_3x3")(x, train)
     x = unit(32, (3, 3), 1, (0, 0), name="Conv2d_2a_3x3")(x, train)
     x = unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train)

@@ -1,0 +1,167 @@
+"""How many images a chip has room for: the largest batch of a page's train step, on named chips.
+
+`python -m benchmarks.fit --config=FILE [--phase=P] --target=v5e,h200 [--config.KEY=VALUE …]
+[--most=4096] [--json]`
+
+Compiles the step for each target (a process for each batch that is tried; see benchmarks.aot), with
+as many images a chip as the page's group of normalisation and its pairs allow, and the page's own
+accumulation. A TPU's compiler refuses what has no room; a GPU's and a CPU's do not, so there the
+program's peak must be within the memory, on a GPU less 8 % for what its compiler does not know of
+(cuDNN's workspaces, NCCL, the driver). Few batches are tried: after two of them a line through
+their peaks says where to look. Near its limit a compiler may compute things twice to save memory,
+so the largest batch need not be the fastest a image. Exits with 1 where not even the smallest batch
+has room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from medattn_jax.errors import UserError
+
+
+class Try(NamedTuple):
+  """One batch: images a chip, whether they fit, and the bytes of a chip that they need."""
+
+  images: int
+  fits: bool
+  needs: int | None
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], allow_abbrev=False,
+    epilog="--config.KEY=VALUE changes a key of the page")
+  parser.add_argument("--config", required=True, metavar="FILE")
+  parser.add_argument("--phase", help="the page's last by default")
+  parser.add_argument("--target", required=True, help="with commas between")
+  parser.add_argument("--most", type=int, default=4096, help="images a chip to try at most")
+  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
+  flags, rest = parser.parse_known_args()
+  try:
+    rows = measure(flags, rest)
+  except UserError as error:
+    print(f"benchmarks.fit: {error}", file=sys.stderr)
+    sys.exit(2)
+  if not flags.json:
+    print("\n".join(map(words, rows)))
+  for row in rows:
+    print(json.dumps(row, allow_nan=False))
+  sys.exit(not all(row["images_per_chip"] for row in rows))
+
+
+def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, Any]]:
+  """A row for each target."""
+  from medattn_jax import cli, config, experiment, forecast, models
+  from medattn_jax.programs import chips
+
+  page = config.load_page(flags.config, cli.overrides(rest))
+  experiment.check(page)
+  known = experiment.phases(page)
+  phase = flags.phase or known[-1]
+  if phase not in known:
+    raise UserError(f"--phase={phase}; accepted for {page.model.name}: {', '.join(known)}")
+  targets = [chips.target(text) for text in flags.target.split(",")]
+  for target in targets:
+    if reason := chips.missing(target):
+      raise UserError(f"--target={target}: {reason}")
+    if target.chip == chips.HERE:
+      raise UserError("--target=here; accepted: a chip's name, or cpu:N")
+  each = models.IMAGES[page.model.name]
+  unit = math.lcm(each, page.norm.group_size)
+  if flags.most < unit:
+    raise UserError(f"--most={flags.most}; accepted: at least {unit}, the least that the page's "
+                    "pairs and norm.group_size allow")
+  rows = []
+  for target in targets:
+    last = []
+
+    def attempt(images, target=target, last=last):
+      page.data.batch_size = images * target.count // each
+      print(f"compiling {phase} for {target}, {images} images a chip …", file=sys.stderr,
+            flush=True)
+      found = forecast.of(page, phase, target)
+      last[:] = [found]
+      return Try(images, found.fits, found.needs)
+
+    tried = search(attempt, unit, flags.most, room(target))
+    best = max((one.images for one in tried if one.fits), default=0)
+    rows.append({
+      "name": "fit", "config": {"file": flags.config, "overrides": list(rest)}, "phase": phase,
+      "target": str(target), "device_kind": last[0].kind, "devices": target.count,
+      "dtype": page.precision, "images_per_chip": best, "unit": unit,
+      "batch_size": best * target.count // each,
+      "memory_bytes": last[0].memory, "accepted_bytes": room(target),
+      "more_may_fit": bool(best) and all(one.fits for one in tried),
+      "tried": [one._asdict() for one in sorted(tried)]})
+  return rows
+
+
+def room(target: Any) -> int | None:
+  """Bytes of a chip that a program may take; None where the host's memory is the chip's."""
+  from medattn_jax import forecast
+
+  if target.sheet is None:
+    return None
+  return int(target.sheet.memory * (1 - forecast.MARGIN if target.gpu else 1))
+
+
+def search(attempt: Callable[[int], Try], unit: int, most: int, room: int | None) -> list[Try]:
+  """Tries multiples of `unit` up to `most`, until the largest that fits and the next one up, which
+  does not, are among them (or not even one unit fits, or `most` does).
+
+  Between them it looks where a line through the two largest peaks that fit meets `room`; where
+  that has not halved what is left, in the middle.
+  """
+  tried: list[Try] = []
+  low, high, step = 0, most // unit + 1, 1
+  while high - low > 1:
+    guess = _guess([one for one in tried if one.fits], unit, room)
+    bracketed = any(not one.fits for one in tried)
+    if guess is None or (bracketed and len(tried) % 2):
+      number = (low + high) // 2 if bracketed else max(1, 2 * low)
+    elif guess <= low and not bracketed:
+      number, step = low + step, 2 * step  # the line was too steep
+    else:
+      number = guess
+    number = min(max(number, low + 1), high - 1)
+    tried.append(attempt(number * unit))
+    low, high = (number, high) if tried[-1].fits else (low, number)
+  return tried
+
+
+def _guess(fit: Sequence[Try], unit: int, room: int | None) -> int | None:
+  """Units that fill the room, by a line through the two largest batches that fit."""
+  known = sorted(one for one in fit if one.needs)[-2:]
+  if room is None or len(known) < 2 or known[1].needs <= known[0].needs:
+    return None
+  slope = (known[1].needs - known[0].needs) / (known[1].images - known[0].images)
+  return int((known[1].images + (room - known[1].needs) / slope) // unit)
+
+
+def words(row: Mapping[str, Any]) -> str:
+  """The answer, and what was tried."""
+  lines = []
+  for one in row["tried"]:
+    needs = f"{one['needs'] / 1e9:8.2f} GB" if one["needs"] else " " * 11
+    of = f" of {row['accepted_bytes'] / 1e9:.2f}" if row["accepted_bytes"] else ""
+    lines.append(f"  {one['images']:5} images a chip {needs}{of}  "
+                 f"{'fits' if one['fits'] else 'does not fit'}")
+  where = f"{row['phase']} on {row['target']}"
+  if not row["images_per_chip"]:
+    head = (f"{where}: not even {row['unit']} images fit; accepted: a smaller norm.group_size, "
+            "data.image_size or model.crop_size")
+  else:
+    more = ", and perhaps more (--most)" if row["more_may_fit"] else ""
+    head = (f"{where}: {row['images_per_chip']} images a chip{more}: data.batch_size = "
+            f"{row['batch_size']} on {row['devices']} of them")
+  return "\n".join([head, *lines])
+
+
+if __name__ == "__main__":
+  main()

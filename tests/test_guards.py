@@ -1,0 +1,88 @@
+"""What no change may cost a step: held against the compiled programs, on no particular hardware."""
+
+import math
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medattn_jax import config, experiment, models
+from medattn_jax.models.norm import Conv
+from medattn_jax.programs import report
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+# Of the demo's steps on eight devices, a device's 4 photographs: MiB of temporaries, and MiB
+# accessed a photograph. Measured, and a tenth more.
+BOUNDS = {"m": (12, 36), "a": (11, 21), "c": (32, 92)}
+
+
+@pytest.mark.parametrize("phase", BOUNDS)
+def test_a_step_of_the_demo(phase):
+  # The page's groups of 16 photographs fit one or two devices; on eight each holds 4.
+  page = config.load_page(str(CONFIGS / "demo.py"), [("norm.group_size", "4")])
+  now = experiment.build(page, phase=phase)
+  assert now.mesh.size == 8
+  compiled = now.lower_train_step().compile()
+  found, text = report.read(compiled), compiled.as_text()
+  assert found.counts == {"all-reduce": 1}  # the gradients, with statistics and metrics
+  assert not any(one.inside for one in found.collectives)
+  assert found.donated == len(jax.tree.leaves(now.abstract_state))
+  assert "f64[" not in text
+  assert not re.search(r"callback|infeed|outfeed|send\(|recv\(", text)  # a host's round trip
+  assert not re.search(r"\b[a-z]+\d+\[[^\]]*<=", text)  # a length that is known only when it runs
+  temporaries, accessed = BOUNDS[phase]
+  assert found.temporaries <= temporaries * 2**20
+  assert found.accessed / 4 <= accessed * 2**20
+
+
+def products(page, phase):
+  """(multiplications of one forward pass, those of the layer that sees the images), by hand.
+
+  Taps that fall on padding are none.
+  """
+  found = []
+
+  def taps(length, size, stride, padding):
+    first = stride * np.arange((length + 2 * padding - size) // stride + 1) - padding
+    places = first[:, None] + np.arange(size)
+    return int(((places >= 0) & (places < length)).sum())
+
+  def count(method, args, kwargs, context):
+    module, x = context.module, args[0] if args else None
+    if isinstance(module, Conv) and context.method_name == "convolve":
+      kernel = args[1].shape
+      around = module.padding or tuple((size - 1) // 2 for size in module.kernel_size)
+      seen = map(taps, x.shape[1:3], kernel[:2], (module.stride,) * 2, around)
+      found.append(len(x) * math.prod(seen) * kernel[2] * kernel[3])
+    elif isinstance(module, nn.Dense) and context.method_name == "__call__":
+      found.append(math.prod(x.shape) * module.features)
+    return method(*args, **kwargs)
+
+  each, *shape = models.image_shape(page)
+  image = jax.ShapeDtypeStruct((page.data.batch_size, each, *shape), jnp.uint8)
+  model = models.build(page)
+  with nn.intercept_methods(count):
+    jax.eval_shape(lambda key, x: model.init(key, x, phase=phase, train=False),
+                   jax.random.key(0), image)
+  return sum(found), found[0]
+
+
+@pytest.mark.parametrize(("name", "phase"), [
+  ("paper/attention_resnet50.py", "joint"),
+  pytest.param("paper/eyepacs_m_net.py", "joint", marks=pytest.mark.slow)])
+def test_a_step_multiplies_no_more_than_its_layers_must(name, phase):
+  changes = [("attention.source", "none")] if "eyepacs" not in name else []
+  page = config.load_page(str(CONFIGS / name), [("data.batch_size", "8"), ("norm.group_size", "8"),
+                                      (f"phases.{phase}.accumulation", "1"), *changes])
+  if each := models.IMAGES[page.model.name] - 1:
+    page.data.batch_size = 8 // (1 + each)
+  now = experiment.build(page, phase, jax.devices()[:1])
+  every, first = products(page, phase)
+  # A backward pass is two of them, but that nobody asks for the images' gradient.
+  hand = 2 * (3 * every - first)
+  assert now.lower_train_step().cost_analysis()["flops"] == pytest.approx(hand, rel=0.02)
