@@ -10,8 +10,8 @@ compiled programs tell what a device computes, moves and gives to collectives.
 
 Then a model, not a measurement, up to --most chips: the time that one chip needs (--step-ms, from
 benchmarks.step or benchmarks.aot; else the FLOPs at the data sheet's rate, which is less than any
-step takes) and a ring's all-reduce at the data sheet's bandwidth, nothing of it hidden. GPUs of
-more than one host share its network: 50 GB/s for each [choice].
+step takes) and the all-reduce at the data sheet's bandwidths, nothing of it hidden; GPUs in hosts
+of eight, between which there is the network alone.
 
 Needs JAX, flax and optax: neither TensorFlow nor config pages.
 """
@@ -30,7 +30,6 @@ from medattn_jax.programs import chips, roofline
 SIZES = {"small": {"model": "demo", "batch": 1, "image_size": 64, "rounds": 1, "steps": 1},
          "full": {"model": "zoom_in_net", "batch": None, "image_size": None, "rounds": 10,
                   "steps": 5}}
-NETWORK = 50e9  # bytes a second of a GPU to another host
 HOST = 8  # GPUs of a host
 
 
@@ -56,6 +55,8 @@ def main() -> None:
       setattr(flags, name, value)
   try:
     wanted = chips.target(flags.chip)
+    if wanted.sheet is None or wanted.topology:
+      raise UserError(f"--chip={flags.chip}; accepted: {', '.join(chips.CHIPS)}")
     found = measure(flags)
     found += modelled(found, flags, wanted)
   except UserError as error:
@@ -150,9 +151,8 @@ def modelled(
   images *= 2 if largest["config"]["model"] != "global_attention" else 1
   wire, lines, count = largest["vector_bytes"], [], 1
   while count <= flags.most:
-    beyond = not wanted.tpu and count > HOST
-    link = chip._replace(link=NETWORK) if beyond else chip
-    joined = roofline.reduced(wire, count, link) + (roofline.LAUNCH if count > 1 else 0.0)
+    hosts = max(1, count // HOST) if wanted.gpu else 1
+    joined = roofline.reduced(wire, count, chip, hosts) + (roofline.LAUNCH if count > 1 else 0.0)
     seconds = alone + joined
     lines.append({
       "name": "scaling_model", "chip": wanted.chip, "devices": count, "model": True,

@@ -18,7 +18,7 @@ from medattn_jax import experiment as experiments
 from medattn_jax import models
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
-from medattn_jax.programs import ceilings, traffic
+from medattn_jax.programs import ceilings, chips, traffic
 
 _WORKSPACE = re.compile(r", u8\[(\d+)\](?:\{0\})?\) custom-call\(")
 
@@ -131,7 +131,7 @@ class Ceilings(NamedTuple):
 @functools.cache
 def ceilings_here(precision: str) -> Ceilings:
   device = jax.devices()[0]
-  known = ceilings.sheet(device)
+  known = chips.sheet_of(device.device_kind)
   return Ceilings(ceilings.matmul_rate(device, precision), ceilings.copy_rate(device),
                   known.flops if known else None)
 

@@ -9,18 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from medattn_jax.programs import chips
-
 _SECONDS = 0.25  # of all measuring of a rate, about
-_KINDS = {  # parts of a device's kind, as JAX tells it, and the chip
-  "h200": "h200", "h100": "h100", "v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e",
-  "v5p": "v5p", "tpu v5": "v5p"}
-
-
-def sheet(device: Any) -> chips.Chip | None:
-  """The data sheet of a device's chip, where it is known."""
-  kind = device.device_kind.lower()
-  return next((chips.CHIPS[name] for part, name in _KINDS.items() if part in kind), None)
 
 
 def matmul_rate(device: Any, dtype: str) -> float:

@@ -97,7 +97,7 @@ def test_what_is_joined_is_what_the_program_gives():
     found, argparse.Namespace(**{**vars(flags), "most": 16}), scaling.chips.target("h100"))
     if one["devices"] == 16]
   assert gpus["all_reduce_ms"] == pytest.approx(
-    1000 * (2 * 15 / 16 * wire / scaling.NETWORK + 10e-6), rel=1e-3)
+    1000 * (2 * 7 / 8 * wire / 450e9 + wire / 8 / 50e9 + 10e-6), rel=1e-3)
 
 
 @pytest.mark.slow
