@@ -1,53 +1,69 @@
-"""Does reading batches cost more than decoding their JPEGs? (input floor of every training)
+"""What the input pipeline costs over bare JPEG decoding, and how many cores feed an accelerator.
 
-`python -m benchmarks.pipeline [--size=1230] [--patients=16] [--threads=N] [--data=DIR] [--json]`
+`python -m benchmarks.pipeline [--size=small|full] [--image-size=1230] [--device-rate=N]
+[--patients=16] [--batch=4] [--steps=25] [--threads=N] [--data-dir=DIR] [--data=FOLDER] [--json]
+[--plot=FILE]`
 
-Draws a small set or opens a prepared one, then times, alternating, `train_batches` and the bare
-decoding of the very same JPEGs, already in memory, by the same decoder, as parallel.
+Draws a set (or takes a prepared one), then times in turns, in one run, `pipeline.train_batches` and
+the bare decoding of the very same JPEGs, already in memory, by the same decoder, as parallel. A
+core's rate is of processor time, so it is fair on a machine shared with others. With --device-rate,
+the images a second that an accelerator takes (benchmarks.step tells), it says how many such cores
+that needs, and whether this machine has them: input_bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
+import pathlib
 import statistics
 import tempfile
 import time
+from typing import Any
+
+from benchmarks import rows
+
+SIZES = {
+  "small": {"image_size": 400, "patients": 8, "steps": 10, "rounds": 3},
+  "full": {"image_size": 1230, "patients": 16, "steps": 25, "rounds": 5},
+}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", type=int, default=1230, help="pixels a side")
-  parser.add_argument("--patients", type=int, default=16)
+  parser.add_argument("--size", choices=SIZES, default="full", help="defaults of the others")
+  parser.add_argument("--image-size", type=int, help="pixels a side")
+  parser.add_argument("--patients", type=int)
   parser.add_argument("--batch", type=int, default=4, help="patients of a batch")
-  parser.add_argument("--steps", type=int, default=25, help="batches of a round")
+  parser.add_argument("--steps", type=int, help="batches of a round")
   parser.add_argument("--threads", type=int, help="of a private pool; TensorFlow's own by default")
-  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--rounds", type=int)
+  parser.add_argument("--device-rate", type=float, help="images a second of an accelerator")
   parser.add_argument("--data-dir", help="where the drawn set is kept; a temporary folder else")
-  parser.add_argument("--data", help="a prepared set to read instead: its folder, size --size")
+  parser.add_argument("--data", help="a prepared set to read instead: its folder, of --image-size")
+  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
   parser.add_argument("--json", action="store_true", help="the JSON line alone")
   flags = parser.parse_args()
+  for name, value in SIZES[flags.size].items():
+    if getattr(flags, name) is None:
+      setattr(flags, name, value)
+  if flags.device_rate is not None and not flags.device_rate > 0:
+    rows.stop("pipeline", f"--device-rate={flags.device_rate:g}; accepted: a number above zero")
   with tempfile.TemporaryDirectory() as scratch:
     row = measure(flags, flags.data_dir or scratch)
-  if not flags.json:
-    print(f"{'':24}{'images/s':>10}{'ms/image':>10}")
-    for what, key in (("train_batches", "images_per_second"), ("bare JPEG decoding", "bare")):
-      print(f"{what:24}{row[key]:10.1f}{1000 / row[key]:10.2f}")
-    cost = row["cost_over_bare"]
-    print(f"cost over bare decoding: {cost['median']:.3f} "
-          f"({cost['min']:.3f} to {cost['max']:.3f}), in processor time "
-          f" {row['processor_cost_over_bare']:.3f}; "
-          f"{row['bytes_per_image'] / 1000:.0f} kB a JPEG")
-  print(json.dumps(row, allow_nan=False))
+  rows.say([row], table(row), flags.json)
+  if flags.plot:
+    plot(row, flags.plot)
 
 
-def measure(flags: argparse.Namespace, data_dir: str) -> dict:
+def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
   from medattn_jax.data import pipeline
   from medattn_jax.data.backend import tf
 
   numbers = {"seed": 0, "train": flags.patients, "validation": 0, "test": 0}
   dataset = pipeline.open_dataset(
-    flags.data or "synthetic_fundus", data_dir, full_size=flags.size, synthetic=numbers
+    flags.data or "synthetic_fundus", data_dir, full_size=flags.image_size, synthetic=numbers
   )
   jpegs = [
     jpeg
@@ -66,20 +82,19 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict:
   images = 2 * flags.batch * flags.steps
 
   # Each round starts afresh and is timed while its reader waits for it, so what one prefetches is
-  # never timed as the other's. Returns images a second and processor seconds; the latter are fair
-  # on a machine shared with others.
+  # never timed as the other's. Returns seconds, and processor seconds.
   def timed(stream, count: int) -> tuple[float, float]:
     for _ in range(count // flags.steps * 3):
       next(stream)
     start, worked = time.perf_counter(), time.process_time()
     for _ in range(count):
       next(stream)
-    return images / (time.perf_counter() - start), time.process_time() - worked
+    return time.perf_counter() - start, time.process_time() - worked
 
   def read() -> tuple[float, float]:
     return timed(
       pipeline.train_batches(
-        dataset, "train", batch_size=flags.batch, full_size=flags.size, seed=0, start_step=0,
+        dataset, "train", batch_size=flags.batch, full_size=flags.image_size, seed=0, start_step=0,
         threads=flags.threads,
       ),
       flags.steps,
@@ -90,23 +105,82 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict:
 
   read(), decode()  # warm
   pairs = [(read(), decode()) for _ in range(flags.rounds)]
-  walls = [theirs[0] / ours[0] for ours, theirs in pairs]
+  return found(pairs, images, flags, sum(map(len, jpegs)) / len(jpegs))
+
+
+def found(
+  pairs: list[tuple[tuple[float, float], tuple[float, float]]], images: int,
+  flags: argparse.Namespace, size: float,
+) -> dict[str, Any]:
+  """The row of rounds of so many images.
+
+  Args:
+    pairs: (seconds, processor seconds) of the pipeline and of bare decoding, a pair a round.
+    size: of a JPEG, bytes.
+  """
+  cores = len(os.sched_getaffinity(0))
+  a_core, bare_core = (
+    images / statistics.median(pair[which][1] for pair in pairs) for which in (0, 1))
+  reads = [ours[0] for ours, _ in pairs]
+  rate = images / statistics.median(reads)
+  wanted = flags.device_rate
   return {
-    "name": "pipeline",
-    "config": {"size": flags.size, "threads": flags.threads, "rounds": flags.rounds},
-    "batch": flags.batch,
-    "images_per_second": round(statistics.median(ours[0] for ours, _ in pairs), 2),
-    "bare": round(statistics.median(theirs[0] for _, theirs in pairs), 2),
-    "cost_over_bare": {
-      "min": round(min(walls), 3),
-      "median": round(statistics.median(walls), 3),
-      "max": round(max(walls), 3),
-    },
-    "processor_cost_over_bare": round(
-      statistics.median(ours[1] / theirs[1] for ours, theirs in pairs), 3
-    ),
-    "bytes_per_image": round(sum(map(len, jpegs)) / len(jpegs)),
-  }
+    **rows.row(
+      "pipeline", config={key: getattr(flags, key) for key in ("image_size", "threads", "rounds")},
+      devices=0, device_kind="cpu", batch=flags.batch, dtype="uint8",
+      milliseconds=[1000 * one / flags.steps for one in reads], images=2 * flags.batch,
+      input_bound=None if wanted is None else rate < wanted),
+    "images_per_second": rows.rounded(rate),
+    "bare": rows.rounded(images / statistics.median(theirs[0] for _, theirs in pairs)),
+    "cost_over_bare": rows.spread([ours[0] / theirs[0] for ours, theirs in pairs]),
+    "processor_cost_over_bare": rows.rounded(
+      statistics.median(ours[1] / theirs[1] for ours, theirs in pairs)),
+    "cores": cores, "images_per_second_per_core": rows.rounded(a_core),
+    "bare_per_core": rows.rounded(bare_core), "device_rate": wanted,
+    "cores_for_device_rate": None if wanted is None else math.ceil(wanted / a_core),
+    "bytes_per_image": round(size)}
+
+
+def table(row: dict[str, Any]) -> str:
+  cost = row["cost_over_bare"]
+  text = rows.table(("", "images/s", "of a core", "ms a core and image"), [
+    (what, row[rate], row[core], 1000 / row[core]) for what, rate, core in (
+      ("train_batches", "images_per_second", "images_per_second_per_core"),
+      ("bare JPEG decoding", "bare", "bare_per_core"))])
+  text += (f"\ncost over bare decoding: {cost['median']:.3f} ({cost['min']:.3f} to "
+           f"{cost['max']:.3f}), in processor time {row['processor_cost_over_bare']:.3f}; "
+           f"{row['bytes_per_image'] / 1000:.0f} kB a JPEG, {row['cores']} cores")
+  if row["device_rate"]:
+    text += (f"\none accelerator at {row['device_rate']:g} images/s needs "
+             f"{row['cores_for_device_rate']} such cores; "
+             f"{'the input' if row['input_bound'] else 'the step'} is the bottleneck here")
+  return text
+
+
+def plot(row: dict[str, Any], path: pathlib.Path) -> None:
+  """Images a second by cores, of the pipeline and of bare decoding, and what a device asks for."""
+
+  def draw(panel):
+    core = row["images_per_second_per_core"]
+    most = max(2 * row["cores"], math.ceil(1.15 * (row["device_rate"] or 0) / core))
+    for key, label, style in (("images_per_second_per_core", "train_batches", "-"),
+                              ("bare_per_core", "bare JPEG decoding", "--")):
+      panel.plot([0, most], [0, most * row[key]], style, color="#4c78a8", label=label)
+    panel.plot(row["cores"], row["images_per_second"], "o", color="#4c78a8", label="measured here")
+    if row["device_rate"]:
+      needed = row["cores_for_device_rate"]
+      panel.axhline(row["device_rate"], color="#f58518", linewidth=1)
+      panel.axvline(needed, color="#f58518", linewidth=1, linestyle=":")
+      panel.annotate(f"{row['device_rate']:g} images/s: {needed} cores",
+                     (0, row["device_rate"]), (4, 4), textcoords="offset points", fontsize=8)
+    panel.set(xlabel="cores", ylabel="images/s", xlim=(0, most))
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.set_title(f"{row['config']['image_size']}² JPEGs of {row['bytes_per_image'] / 1000:.0f} "
+                    "kB", fontsize=10)
+    panel.legend(frameon=False, fontsize=8, loc="lower right")
+
+  rows.figure(path, 5.2, 3.6, draw)
 
 
 if __name__ == "__main__":

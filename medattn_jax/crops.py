@@ -86,16 +86,21 @@ def small_view(
     return _resize_by_matrix(wide, rows.reshape(count * size, -1, 1), dtype).reshape(shape)
 
   def by_taps(images):
-    rows = _resize_by_taps(down, images.reshape(count, height, -1)).astype(dtype)
-    rows = rows.reshape(count * size, width, channels)
-    return _resize_by_taps(across, rows).reshape(shape)
+    rows = _resize_by_taps(down, images.reshape(-1, height, width * channels)).astype(dtype)
+    rows = rows.reshape(-1, width, channels)
+    return _resize_by_taps(across, rows).reshape(-1, *shape[1:])
+
+  def one_by_one(images):
+    # In a loop of its own: XLA's CPU would else compute the taps anew for each use of the view.
+    return jax.lax.map(lambda image: by_taps(image[None])[0], images)
 
   count, height, width, channels = images.shape
   if height == width == size:
     return (images.astype(jnp.float32) / 255).astype(dtype)
   shape = (count, size, size, channels)
   down, across = _resize_weights(height, size), _resize_weights(width, size) / np.float32(255)
-  return jax.lax.platform_dependent(images, tpu=by_matrix, default=by_taps).astype(dtype)
+  return jax.lax.platform_dependent(
+    images, tpu=by_matrix, cpu=one_by_one, default=by_taps).astype(dtype)
 
 
 def _bilinear(x: Float[Array, "b cells m"], size: int) -> Float[Array, "b size m"]:

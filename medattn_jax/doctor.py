@@ -8,19 +8,19 @@ import os
 import pathlib
 import platform
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
 import rich.table
 
+from medattn_jax.programs import ceilings
+
 LIBRARIES = (
   ("medattn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   + ("tensorflow", "tensorflow-cpu", "tensorflow-datasets", "clu", "pillow", "scikit-learn")
   + ("matplotlib", "safetensors", "torch", "libtpu")
 )
-_MATMUL_SECONDS = 0.25
 
 
 def run() -> None:
@@ -48,7 +48,8 @@ def run() -> None:
   for kind in dict.fromkeys(device.device_kind for device in devices):
     alike = [device for device in devices if device.device_kind == kind]
     limit, used = memory(alike[0])
-    rates = [f"{matmul_rate(alike[0], dtype) / 1e12:.2f}" for dtype in ("float32", "bfloat16")]
+    rates = [f"{ceilings.matmul_rate(alike[0], dtype) / 1e12:.2f}"
+             for dtype in ("float32", "bfloat16")]
     name = f"{len(alike)} × {alike[0].platform}" if len(alike) > 1 else alike[0].platform
     table.add_row(name, kind, limit, used, *rates)
   if devices:
@@ -81,37 +82,6 @@ def memory(device: Any) -> tuple[str, str]:
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
       used = limit - os.sysconf("SC_AVPHYS_PAGES") * page
   return _gib(limit), _gib(used)
-
-
-def matmul_rate(device: Any, dtype: str) -> float:
-  """Floating-point operations a second of a square matrix product, the best of a few on `device`.
-
-  The size doubles until one product takes long enough to be timed, so that a CPU answers within a
-  second or two and an accelerator is kept busy.
-  """
-  import jax
-  import jax.numpy as jnp
-
-  # As a network's layers run: float32 in float32, not in the reduced passes of a GPU or TPU.
-  precision = "highest" if dtype == "float32" else "default"
-  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-  size, best = 256, 0.0
-  while True:
-    key = jax.device_put(jax.random.key(0), device)
-    a = jax.random.normal(key, (size, size), dtype)
-    multiply(a, a).block_until_ready()
-    start, rounds, seconds = time.perf_counter(), 0, 0.0
-    while seconds < _MATMUL_SECONDS / 4 and rounds < 8:
-      result = multiply(a, a)
-      if device.platform == "cpu":  # its queue holds the results of all rounds
-        result.block_until_ready()
-      rounds, seconds = rounds + 1, time.perf_counter() - start
-    result.block_until_ready()
-    seconds = (time.perf_counter() - start) / rounds
-    best = max(best, 2 * size**3 / seconds)
-    if seconds > _MATMUL_SECONDS / 16 or size >= 16384:
-      return best
-    size *= 2
 
 
 def accelerators() -> set[str]:

@@ -6,11 +6,10 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from medattn_jax import bank as banks
@@ -19,6 +18,9 @@ from medattn_jax.bank import Bank
 from medattn_jax.errors import UserError, nearest
 from medattn_jax.models import weights
 from medattn_jax.step import State, make_eval_step, make_train_step
+
+if TYPE_CHECKING:  # any page of attributes will do: steps run where ml_collections is not installed
+  import ml_collections
 
 STOPS = ("y_M", "y_A", "y_C", "G", "boxes")
 
@@ -68,21 +70,22 @@ class Experiment:
   @functools.cached_property
   def train_step(self) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """(state, batch) → (state, metrics), see step.make_train_step."""
-    config = self.config
     return make_train_step(
-        self.apply,
-        self.optimizer,
-        self.mesh,
-        state=self._abstract,
-        seed=config.seed,
-        trained=self.trained,
-        answers=models.graded(config, self.phase),
-        loss=config.loss.to_dict(),
-        augmentation=config.augment.to_dict(),
-        ema=self.page.ema,
-        begins=self.begins,
-        common=self.common,
-    )
+        self.apply, self.optimizer, self.mesh, state=self._abstract, **self.step_options)
+
+  @property
+  def step_options(self) -> dict[str, Any]:
+    """What step.local_step is to know besides model, optimiser and devices."""
+    return {
+        "seed": self.config.seed,
+        "trained": self.trained,
+        "answers": models.graded(self.config, self.phase),
+        "loss": self.config.loss.to_dict(),
+        "augmentation": self.config.augment.to_dict(),
+        "ema": self.page.ema,
+        "begins": self.begins,
+        "common": self.common,
+    }
 
   def initial(self) -> State:
     """The state at step 0 of the run, at the mesh; abstract on a compile-only topology.
@@ -333,16 +336,18 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
 
 def _check_attention(config: ml_collections.ConfigDict) -> None:
   model, data = config.model, config.data
-  if model.backbone not in models.attending():
+  plain = config.attention.source == "none" and model.stem == "full"
+  if model.backbone not in models.attending() and not plain:
     raise UserError(
         f"model.backbone = {model.backbone}: has no named stages and stems; accepted for "
-        f"model.name = global_attention: {', '.join(models.attending())}"
+        f"model.name = global_attention: {', '.join(models.attending())}; any backbone with "
+        "attention.source = none and model.stem = full"
     )
-  stages = models.attending()[model.backbone]
+  stages = models.attending().get(model.backbone, ())
   if model.attend != "input" and model.attend not in stages:
     raise UserError(
-        f"model.attend = {model.attend!r}; accepted for {model.backbone}: input, "
-        f"{', '.join(stages)}"
+        f"model.attend = {model.attend!r}; accepted for {model.backbone}: "
+        f"{', '.join(('input', *stages))}"
     )
   if data.image_size != data.full_size:
     raise UserError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import jax
-import ml_collections
 import optax
+
+if TYPE_CHECKING:
+  import ml_collections
 
 
 def schedule(phase: ml_collections.ConfigDict) -> optax.Schedule:

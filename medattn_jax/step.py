@@ -60,12 +60,12 @@ class Common(Protocol):
     """The constants to answer with after this update. `age`: of the phase, in steps."""
 
 
-def make_train_step(
+def local_step(
     apply: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
     *,
-    state: State,
+    devices: int,
+    axis: str | None,
     seed: int,
     trained: Sequence[str],
     answers: Sequence[str],
@@ -75,14 +75,15 @@ def make_train_step(
     begins: int = 0,
     common: Common | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-  """The jitted, sharded, donating train step.
+  """What each of `devices` does in a train step, on its share of the batch; not compiled.
 
   Args:
     apply: apply(variables, image, drawn=, train=True, mutable=[...]) →
       ((logits, out), updates): a linen module's, bound to its phase.
     optimizer: of the params of the `trained` branches.
-    mesh: one data axis.
-    state: its shapes; what lies where (`sharding.placed`) is read off their names.
+    axis: the name over which the devices' sums are joined, by one all-reduce of one vector. None:
+      the whole batch is this one's share (`devices` is 1), and what lies where is the compiler's
+      affair.
     seed: of all chance; a draw depends on (seed, step, example) alone.
     trained: top-level names of the params that this phase trains; the others stay bit-equal.
     answers: what is graded: the first with weight one, the others with `loss["auxiliary"]`.
@@ -96,17 +97,26 @@ def make_train_step(
 
   Returns:
     step(state, batch): batch holds image uint8 [A, B, E, H, W, C], level int32 and mask float32
-    [A, B, E] (A microbatches accumulated into one update, B patients, E eyes), split along B;
+    [A, B, E] (A microbatches accumulated into one update, B patients, E eyes);
     and the bank that `common` reads, where it reads one.
   """
   grading = {k: loss[k] for k in ("name", "class_weights", "focal_gamma", "ordinal")}
   weights = dict(zip(answers, [1.0] + [loss["auxiliary"]] * (len(answers) - 1), strict=True))
-  devices = mesh.size
+
+  def place():
+    return jax.lax.axis_index(axis) if axis else 0
+
+  def total_of(tree):
+    """The sum of the devices' trees."""
+    if not axis:
+      return tree
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.psum(vector, axis))
 
   def micro_loss(params, made, state, batch_stats, batch, key, number):
     image, level, mask = batch["image"], batch["level"], batch["mask"]
     images = image.reshape(-1, *image.shape[2:])
-    first = (number * devices + jax.lax.axis_index(sharding.AXIS)) * len(images)
+    first = (number * devices + place()) * len(images)
     drawn = augment.draw(
         key, first + jnp.arange(len(images)), images.shape[-2], **augmentation)
     (logits, out), updates = apply(
@@ -133,7 +143,7 @@ def make_train_step(
     if common:
       shared = params.pop(common.branch)
       part, pull_part = jax.vjp(lambda p: common.partial(p, batch), shared)
-      total = jax.lax.psum(part, sharding.AXIS)
+      total = jax.lax.psum(part, axis) if axis else part
       made, pull_finish = jax.vjp(common.finish, total, shared)
     gradient = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)
     microbatches = {name: batch[name] for name in ("image", "level", "mask")}
@@ -158,8 +168,7 @@ def make_train_step(
     grads, batch_stats, sums = carry
 
     own_stats = {name: batch_stats[name] for name in trained if name in batch_stats}
-    vector, unravel = ravel_pytree((grads, own_stats, sums))
-    grads, own_stats, sums = unravel(jax.lax.psum(vector, sharding.AXIS))
+    grads, own_stats, sums = total_of((grads, own_stats, sums))
     own_stats = jax.tree.map(lambda s: s / devices, own_stats)
     grads, slope = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-8), grads)
     images = jnp.maximum(sums["images"], 1)
@@ -197,6 +206,31 @@ def make_train_step(
     )
     return state, metrics
 
+  return local
+
+
+def make_train_step(
+    apply: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    state: State,
+    common: Common | None = None,
+    **options: Any,
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+  """The jitted, sharded, donating train step: `local_step` on each device of the mesh.
+
+  Args:
+    apply, optimizer, common, options: see `local_step`.
+    mesh: one data axis.
+    state: its shapes; what lies where (`sharding.placed`) is read off their names.
+
+  Returns:
+    step(state, batch), the batch split along B.
+  """
+  # Alone, a device has nothing to join: no vector is made of its gradients and taken apart again.
+  axis = sharding.AXIS if mesh.size > 1 else None
+  local = local_step(apply, optimizer, devices=mesh.size, axis=axis, common=common, **options)
   where = sharding.placed(state)
   inputs = {name: P(None, sharding.AXIS) for name in ("image", "level", "mask")}
   if common:

@@ -42,15 +42,6 @@ def test_broken_devices_are_told_and_not_raised(monkeypatch, capsys):
   assert "JAX finds no devices: no driver at all" in capsys.readouterr().out
 
 
-def test_the_rate_counts_a_multiplication_and_an_addition(monkeypatch):
-  # A clock on which each look takes 10 ms: before the one product, after it, and at the end.
-  looks = iter(range(10**6))
-  monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(looks) * 0.01)
-  monkeypatch.setattr(doctor, "_MATMUL_SECONDS", 0.04)
-  rate = doctor.matmul_rate(jax.devices()[0], "float32")
-  assert rate == pytest.approx(2 * 256**3 / 0.02)
-
-
 @pytest.mark.parametrize(
   ("found", "platforms", "environment", "present", "said"),
   [

@@ -164,6 +164,18 @@ def test_compiled_program_has_one_all_reduce_outside_loops_and_donates_its_state
   assert aliases == len(jax.tree.leaves(state))
 
 
+def test_a_device_alone_joins_nothing():
+  """No all-reduce, and no vector of all gradients that one would need."""
+  texts = []
+  for devices in (8, 1):
+    step, state, mesh = make(devices)
+    put = sharding.put(batch(), sharding.batched(mesh, axis=1))
+    texts.append(step.lower(state, put).compile().as_text())
+  many, alone = texts
+  (vector,) = re.findall(r"(f32\[\d+\])\S* all-reduce(?:-start)?\(", many)
+  assert vector not in alone and " all-reduce" not in alone
+
+
 def test_eval_step_gives_each_patient_its_answers_without_a_collective():
   mesh = sharding.mesh()
   model = Two()

@@ -119,8 +119,10 @@ def _global_attention(config: Any) -> nn.Module:
   model = config.model
   backbone = _named("model.backbone", model.backbone, BACKBONES)
   options = {"aux": True} if model.backbone in AUXILIARY else {}
+  if model.backbone in attending():
+    options["stem"] = model.stem
   return GlobalAttention(
-    backbone=functools.partial(backbone, stem=model.stem, **options),
+    backbone=functools.partial(backbone, **options),
     num_classes=model.num_classes, attends=config.attention.source != "none",
     attend=model.attend, mean=tuple(model.mean), std=tuple(model.std),
     group_size=config.norm.group_size, norm_momentum=config.norm.momentum,

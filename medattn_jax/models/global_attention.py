@@ -24,7 +24,7 @@ class GlobalAttention(nn.Module):
 
   Attributes:
     backbone: constructor taking (num_classes, group_size, momentum, dtype, name).
-    attends: False leaves the map out altogether: the backbone alone.
+    attends: False leaves the map out altogether: the backbone alone, which then needs no stages.
     attend: "input", or the name of the backbone's stage whose features are weighted.
     mean, std: of the input's channels. The weights multiply what is normalised: a pixel without
       weight has the mean intensity. [choice]
@@ -75,8 +75,10 @@ class GlobalAttention(nn.Module):
     backbone = self.backbone(
       num_classes=self.num_classes, group_size=self.group_size, momentum=self.norm_momentum,
       dtype=self.dtype, name="backbone")
-    chance = None if drawn is None else drawn.chance
-    logits, out = backbone(x, train=train, chance=chance, stage=stage)
+    options = {}
+    if hasattr(backbone, "STAGES"):
+      options = {"chance": None if drawn is None else drawn.chance, "stage": stage}
+    logits, out = backbone(x, train=train, **options)
     apart = lambda y: y.reshape(*image.shape[:2], *y.shape[1:])
     kept = {name: apart(y) for name, y in out.items() if name != "pooled"}
     return apart(logits), kept

@@ -100,7 +100,7 @@ class MNet(nn.Module):
     """Returns (y_M, {"M", "y_M"}); see `ZoomInNet`. The one phase is "joint"."""
     if phase != "joint":
       raise ValueError(f"phase {phase!r}: joint")
-    view, _ = _view(self, _moved(image, drawn), drawn)
+    view, _ = small_view(self, moved(image, drawn), drawn)
     y, m, _ = self.m_net(view, train)
     return y, {"M": m, "y_M": y}
 
@@ -168,9 +168,9 @@ class ZoomInNet(nn.Module):
     """
     if phase not in ("m", "a", "c"):
       raise ValueError(f"phase {phase!r}: one of m, a, c")
-    patients, _, full = image.shape[:3]
-    image = _moved(image, drawn)
-    view, means = _view(self, image, drawn)
+    patients = len(image)
+    image = moved(image, drawn)
+    view, means = small_view(self, image, drawn)
     y_m, m, pair = self.m_net(view, train and phase != "a")
     if phase == "m":
       return y_m, {"M": m, "y_M": y_m}
@@ -184,18 +184,13 @@ class ZoomInNet(nn.Module):
     centres = crops.select_regions(
       jax.lax.stop_gradient(maps["G"]), self.image_size, self.mask_size, self.num_regions,
       self.mask_scope, self.coords)
-    first = crops.corners(centres, self.image_size, full, self.crop_size)
+    first = crops.corners(centres, self.image_size, image.shape[2], self.crop_size)
     out = {"M": m, "y_M": y_m, "y_A": y_a, **{name: apart(x) for name, x in maps.items()},
            "boxes": apart(jnp.concatenate([first, first + self.crop_size], -1))}
     if phase == "a":
       return y_m + y_a, out
 
-    patches = crops.cut(together(image), first, self.crop_size)
-    if means is not None:
-      patches = contrast.subtract_crops(
-        patches.astype(jnp.float32) / 255, means, first, full, self.local_gain)
-    patches = augment.normalise(apart(patches), drawn, self.mean, self.std, self.dtype)
-    y_c = self.c_net(patches, pair, train)
+    y_c = self.c_net(patches(self, image, first, means, drawn), pair, train)
     return y_m + y_a + y_c, {**out, "y_C": y_c}
 
 
@@ -225,12 +220,12 @@ def hand_on(variables: dict, phase: str, crop_init: str) -> dict:
   return handed
 
 
-def _moved(image, drawn):
+def moved(image, drawn):
   """The images [P, 2, s, s, 3], turned and shifted as drawn."""
   return augment.move(image.reshape(-1, *image.shape[2:]), drawn).reshape(image.shape)
 
 
-def _view(model: MNet | ZoomInNet, image, drawn):
+def small_view(model: MNet | ZoomInNet, image, drawn):
   """The normalised small view [P, 2, s, s, 3] of the full images, and their local means or None."""
   size, means = model.image_size, None
   view = crops.small_view(image.reshape(-1, *image.shape[2:]), size, model.dtype)
@@ -239,3 +234,16 @@ def _view(model: MNet | ZoomInNet, image, drawn):
     view = contrast.subtract(view, means, model.local_gain)
   view = view.reshape(*image.shape[:2], size, size, 3)
   return augment.normalise(view, drawn, model.mean, model.std, model.dtype), means
+
+
+def patches(model: ZoomInNet, image, first, means, drawn):
+  """The normalised crops [P, 2, n, s, s, 3] at the corners `first` [P·2, n, 2] of the full images.
+
+  `means`: of small_view.
+  """
+  found = crops.cut(image.reshape(-1, *image.shape[2:]), first, model.crop_size)
+  if means is not None:
+    found = contrast.subtract_crops(
+      found.astype(jnp.float32) / 255, means, first, image.shape[2], model.local_gain)
+  found = found.reshape(*image.shape[:2], *found.shape[1:])
+  return augment.normalise(found, drawn, model.mean, model.std, model.dtype)

@@ -1,0 +1,174 @@
+"""How long does a training step take, and how near is it to what the machine can do?
+
+`python -m benchmarks.step [--size=small|full] [--models=resnet50,m_net:vgg16,zoom_in_net,…]
+[--phases=m,a,c] [--dtypes=float32,bfloat16] [--batch=N] [--image-size=N] [--devices=1,2]
+[--parallel=shard_map,jit,pmap] [--json] [--plot=FILE]`
+
+A model is a backbone (a classifier of single images), m_net:BACKBONE, or a page by its name (demo,
+zoom_in_net, zoom_in_net_fast) with its phases. Batches are those of a device. The ways of
+--parallel take turns in one run. FLOPs are XLA's count of the lowered program; bytes are read off
+the compiled one. The roofline is the longer of the FLOPs at the rate of this device's own matrix
+products and the bytes at the rate of its own copies, both measured here: a step cannot be faster
+than its program's roofline, but where caches spare it bytes. mfu is the FLOPs' share of that
+matmul ceiling (null on a CPU); data_sheet_share of the chip's data sheet.
+
+Needs JAX, flax and optax: neither TensorFlow nor config pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import pages, rows
+from medattn_jax.errors import UserError
+
+SIZES = {
+  "small": {"models": "resnet_small,demo", "rounds": 3, "steps": 1},
+  "full": {"models": "resnet50,inception_resnet_v2,inception_v3,densenet121,vgg16,"
+                     "m_net:inception_resnet_v2,zoom_in_net", "rounds": 20, "steps": 5},
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
+  parser.add_argument("--models", help="with commas between")
+  parser.add_argument("--phases", default="m,a,c", help="of models that have them")
+  parser.add_argument("--dtypes", help="float32, bfloat16; bfloat16 but on a CPU")
+  parser.add_argument("--batch", type=int, help="of a device: patients of pairs, else images")
+  parser.add_argument("--image-size", type=int, help="pixels a side")
+  parser.add_argument("--accumulation", type=int, default=1, help="small batches of a step")
+  parser.add_argument("--devices", help="how many, with commas between; all of an accelerator's")
+  parser.add_argument("--parallel", default="shard_map", help="shard_map, jit, pmap")
+  parser.add_argument("--rounds", type=int)
+  parser.add_argument("--steps", type=int, help="of a round")
+  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
+  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
+  flags = parser.parse_args()
+  for name, value in SIZES[flags.size].items():
+    if getattr(flags, name) is None:
+      setattr(flags, name, value)
+  from benchmarks import steps
+
+  found = []
+  try:
+    flags.devices = steps.devices(flags.devices)
+    for case in cases(flags):
+      own = measure(*case, flags)
+      found += own
+      print(f"{case[0]} {case[2]}: {own[0]['step_ms']['min']:.1f} ms", file=sys.stderr)
+  except UserError as error:
+    rows.stop("step", error)
+  rows.say(found, table(found), flags.json)
+  if flags.plot:
+    plot(found, flags.plot)
+
+
+def cases(flags: argparse.Namespace) -> Iterator[tuple[str, pages.Page, str, int]]:
+  """(model, page, phase, devices) of each measurement."""
+  phases = flags.phases.split(",")
+  if strange := set(phases) - {"m", "a", "c"}:
+    raise UserError(f"--phases: {', '.join(sorted(strange))}; accepted: m, a, c")
+  for model in flags.models.split(","):
+    page, (batch, image_size) = pages.named(model), pages.shape(model, flags.size)
+    for precision in (flags.dtypes or pages.dtype_here()).split(","):
+      if precision not in ("float32", "bfloat16"):
+        raise UserError(f"--dtypes: {precision}; accepted: float32, bfloat16")
+      for count in flags.devices:
+        own = pages.adapted(
+          page, devices=count, batch=count * (flags.batch or batch), precision=precision,
+          image_size=flags.image_size or image_size, accumulation=flags.accumulation)
+        for phase in ("joint",) if "joint" in page.phases else phases:
+          yield model, own, phase, count
+
+
+def measure(
+  model: str, page: pages.Page, phase: str, count: int, flags: argparse.Namespace
+) -> list[dict[str, Any]]:
+  """A line for each way of --parallel; they take turns."""
+  import jax
+
+  from benchmarks import parallel, steps
+  from medattn_jax.programs import report
+
+  now = steps.build(page, phase, jax.devices()[:count])
+  start, batches = jax.device_get(now.initial()), steps.host_batches(now)
+  running, programs = {}, {}
+  for way in flags.parallel.split(","):
+    spread = parallel.spread(now, way)
+    state, batch = spread.state(start), spread.batch(batches)
+    _, compiled, seconds = steps.compiled(lambda: spread.step.lower(state, batch))  # noqa: B023
+    programs[way] = (compiled, seconds)
+    running[way] = steps.Running(compiled, state, batch)
+    running[way].run(2)
+  times = {way: [] for way in running}
+  for _ in range(flags.rounds):
+    for way, one in running.items():
+      times[way].append(one.run(flags.steps))
+  operations, held = steps.flops(page, phase, count), steps.ceilings_here(page.precision)
+  found = []
+  for way, (compiled, seconds) in programs.items():
+    read = report.read(compiled)
+    near = steps.efficiency(
+      min(times[way]), operations, steps.moved(compiled.as_text()), count, held)
+    found.append(rows.row(
+      "step", config={**pages.describe(page, phase), "parallel": way}, devices=count,
+      device_kind=jax.devices()[0].device_kind, batch=page.data.batch_size, dtype=page.precision,
+      compile_seconds=seconds, milliseconds=times[way], images=now.images, flops=operations,
+      mfu=near.pop("mfu"), memory=read.peak, asked=model, steps=flags.rounds * flags.steps,
+      collectives=read.counts, **near))
+  return found
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+  first = found[0]
+  lines = []
+  for one in found:
+    config = one["config"]
+    lines.append((
+      f"{one['asked']} {config['image_size']}²", config["phase"], one["dtype"], one["devices"],
+      one["batch"], config["parallel"], one["compile_seconds"], one["step_ms"]["min"],
+      one["step_ms"]["median"], one["images_per_second"], one["flops_per_step"] / 1e9,
+      None if one["bytes_per_device"] is None else one["bytes_per_device"] / 1e9,
+      100 * one["ceiling_share"],
+      None if one["data_sheet_share"] is None else 100 * one["data_sheet_share"],
+      one["roofline_ms"], one["step_over_roofline"], one["peak_memory_bytes"] / 2**30))
+  return (
+    f"{first['device_kind']}: matrix products {first['matmul_flops_per_second'] / 1e12:.3g} "
+    f"TFLOP/s, copies {first['copy_bytes_per_second'] / 1e9:.3g} GB/s, both measured\n"
+    + rows.table(
+      ("model", "phase", "dtype", "devices", "batch", "parallel", "compile s", "ms", "median",
+       "images/s", "GFLOP", "GB a device", "% of matmul", "% of sheet", "roofline ms",
+       "over it", "GiB"), lines))
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """Milliseconds of each step, and its program's roofline."""
+
+  def draw(panel):
+    names = [f"{one['asked']} {one['config']['phase']}\n{one['config']['parallel']}, "
+             f"{one['devices']} × {one['batch'] // one['devices']}" for one in found]
+    panel.barh(names, [one["step_ms"]["min"] for one in found], height=0.6, color="#4c78a8",
+               label="step")
+    panel.barh(names, [one["roofline_ms"] for one in found], height=0.25, color="#f58518",
+               label="roofline")
+    for place, one in enumerate(found):
+      panel.annotate(f"{rows.shown(one['images_per_second'])} images/s",
+                     (max(one["step_ms"]["min"], one["roofline_ms"]), place), (4, 0),
+                     textcoords="offset points", va="center", fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel("ms")
+    panel.margins(x=0.2)
+    panel.tick_params(axis="y", labelsize=8)
+    panel.set_title(f"{found[0]['device_kind']}, {found[0]['dtype']}", fontsize=10)
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+  rows.figure(path, 7.5, 1.2 + 0.5 * len(found), draw)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,420 @@
+"""Is a training step here as fast as the same step in PyTorch? Both in one run, in turns.
+
+`python -m benchmarks.versus_torch [--size=small|full] [--models=resnet50,…,zoom_in_net]
+[--batch=N] [--image-size=N] [--dtype=float32|bfloat16] [--torch-compile=yes|no] [--cores=N]
+[--check] [--json] [--plot=FILE]`
+
+Forward, backward and update by SGD with momentum; uint8 images, uploaded at each step and
+normalised on the device; the same weights, so that the losses of the first steps must agree
+(--check exits with 1 where they do not). PyTorch has torchvision's and timm's networks, channels
+last, autocast and torch.compile (the latter two on a GPU; on a CPU where asked for). Of Zoom-in-Net
+there are two: `users`, with two passes and crops cut by the host, and `best`, on the device in one.
+No dropout, augmentation or auxiliary head on either side, and one group of normalisation, as
+PyTorch has. Each side is a process of its own; they take turns, and the fastest round counts. On a
+CPU the processor's time of a step is told as well: with --cores=1 it is fair on a machine that is
+shared with others, on which threads that wait for one another are slowed most.
+
+Needs torch, torchvision and timm beside JAX; neither TensorFlow nor config pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import pages, rows
+from medattn_jax.errors import UserError
+
+SIZES = {
+  "small": {"models": "resnet_small,resnet18,demo", "rounds": 3, "seconds": 1.5},
+  "full": {"models": "resnet50,inception_resnet_v2,inception_v3,densenet121,vgg16,zoom_in_net",
+           "rounds": 5, "seconds": 3.0},
+}
+FIRST = 3  # steps whose losses are compared
+NEEDED = ("torch", "torchvision", "timm")
+
+
+def main() -> None:
+  if len(sys.argv) == 3 and sys.argv[1] == "--serve":
+    serve(json.loads(sys.argv[2]))
+    return
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
+  parser.add_argument("--models", help="with commas between")
+  parser.add_argument("--batch", type=int, help="patients of pairs, else images")
+  parser.add_argument("--image-size", type=int, help="pixels a side")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 but on a CPU")
+  parser.add_argument("--torch-compile", choices=("yes", "no"), help="yes but on a CPU")
+  parser.add_argument("--torch-layout", choices=("last", "first"), default="last",
+                      help="where PyTorch keeps channels")
+  parser.add_argument("--cores", type=int, help="of the CPU, for each side; all by default")
+  parser.add_argument("--rounds", type=int)
+  parser.add_argument("--seconds", type=float, help="of a round, about")
+  parser.add_argument("--check", action="store_true", help="exit with 1 where losses differ")
+  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
+  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
+  flags = parser.parse_args()
+  for name, value in SIZES[flags.size].items():
+    if getattr(flags, name) is None:
+      setattr(flags, name, value)
+  if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
+    rows.stop("versus_torch", f"{', '.join(missing)} would have to be installed; accepted: "
+              "pip install 'medattn_jax[parity]'")
+  found = []
+  try:
+    for model in flags.models.split(","):
+      found += measure(model, flags)
+      for one in found[-len(sides(model)):]:
+        print(json.dumps(one, allow_nan=False) if flags.json else line(one), flush=True)
+  except UserError as error:
+    rows.stop("versus_torch", error)
+  if not flags.json:
+    rows.say(found, table(found), False)
+  if flags.plot:
+    plot(found, flags.plot)
+  apart = [one for one in found if not one["same_losses"]]
+  if flags.check and apart:
+    sys.exit(1)
+
+
+def sides(model: str) -> tuple[str, ...]:
+  """What is measured of a model, ours first."""
+  return ("ours", "best", "users") if model in pages.PAIRS else ("ours", "torch")
+
+
+def measure(model: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
+  """A line for each side, in the order of `sides`."""
+  batch, image_size = pages.shape(model, flags.size)
+  if model.startswith("m_net"):
+    raise UserError(f"--models: {model}; accepted: a backbone, demo, zoom_in_net")
+  page = pages.adapted(
+    pages.named(model), batch=flags.batch or batch, image_size=flags.image_size or image_size,
+    precision=flags.dtype or dtype_here(), accumulation=1)
+  page = pages.plain(page)
+  with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+    # Ours first: it writes the weights that the others read.
+    there = {side: stack.enter_context(child(model, side, page, flags, scratch))
+             for side in sides(model)}
+    counts = {side: max(1, min(200, math.ceil(flags.seconds / one.ready["step_seconds"])))
+              for side, one in there.items()}
+    times, worked = ({side: [] for side in there} for _ in range(2))
+    for _ in range(flags.rounds):
+      for side, one in there.items():
+        answer = one.ask(counts[side])
+        times[side].append(answer["milliseconds"])
+        worked[side].append(answer["processor_ms"])
+    memory = {side: one.ask(0)["memory"] for side, one in there.items()}
+  ours = there["ours"].ready
+  images = page.data.batch_size * (2 if model in pages.PAIRS else 1)
+  found = []
+  for side, one in there.items():
+    layout = {} if side == "ours" else {
+      "compiled": one.ready["compiled"], "channels": flags.torch_layout}
+    found.append(rows.row(
+      "versus_torch", config={**pages.describe(page, phase_of(page)), "side": side, **layout},
+      devices=1, device_kind=one.ready["kind"], batch=page.data.batch_size, dtype=page.precision,
+      compile_seconds=one.ready["compile_seconds"], milliseconds=times[side], images=images,
+      flops=ours["flops"], memory=memory[side], asked=model,
+      losses=[rows.rounded(loss, 7) for loss in one.ready["losses"]],
+      same_losses=agree(ours["losses"], one.ready["losses"], page.precision),
+      ours_over_it=rows.rounded(min(times[side]) / min(times["ours"])),
+      processor_ms=rows.spread(worked[side]),
+      ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"]))))
+  return found
+
+
+def phase_of(page: pages.Page) -> str:
+  return "joint" if "joint" in page.phases else "c"
+
+
+def agree(ours: Sequence[float], theirs: Sequence[float], precision: str) -> bool:
+  """Whether the losses are those of the same work: the first exactly, the later ones nearly."""
+  near = (1e-4, 1e-2) if precision == "float32" else (2e-2, 5e-2)
+  return all(math.isclose(a, b, rel_tol=near[bool(number)])
+             for number, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+
+
+class child:
+  """One side in a process of its own: it is asked for rounds, one at a time.
+
+  Attributes:
+    ready: what it said when it was ready.
+  """
+
+  def __init__(self, model: str, side: str, page: pages.Page, flags: Any, scratch: str):
+    spec = {"model": model, "side": side, "page": page.to_dict(), "scratch": scratch,
+            "compile": flags.torch_compile, "channels_last": flags.torch_layout == "last",
+            "cores": flags.cores}
+    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false",
+                       TF_CPP_MIN_LOG_LEVEL="3")
+    self.side = side
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", "benchmarks.versus_torch", "--serve", json.dumps(spec)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+      self.ready = self._answer()
+    except BaseException:
+      self.__exit__()
+      raise
+
+  def _answer(self) -> dict[str, Any]:
+    for text in self.process.stdout:
+      if text.startswith("{"):
+        return json.loads(text)
+    raise UserError(f"{self.side}: its process ended ({self.process.wait()}); what it said is "
+                    "above; accepted: a smaller --batch, perhaps")
+
+  def ask(self, steps: int) -> dict[str, Any]:
+    print(steps, file=self.process.stdin, flush=True)
+    return self._answer()
+
+  def __enter__(self) -> child:
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+    self.process.stdout.close()
+
+
+def dtype_here() -> str:
+  """bfloat16 where PyTorch sees a GPU; asked of a child, so that none is held here."""
+  code = "import torch; print(torch.cuda.is_available())"
+  said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  return "bfloat16" if said.stdout.strip() == "True" else "float32"
+
+
+def serve(spec: Mapping[str, Any]) -> None:
+  """A side's process: says what is ready, then how long so many steps take; 0: its memory."""
+  page = _page(spec["page"])
+  if spec["cores"]:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:spec["cores"]])
+  make = ours if spec["side"] == "ours" else theirs
+  for answer in make(page, spec, (int(text) for text in sys.stdin)):
+    print(json.dumps(answer), flush=True)
+
+
+def _page(values: Mapping[str, Any]) -> pages.Page:
+  return pages.Page(
+    {key: _page(value) if isinstance(value, dict) else value for key, value in values.items()})
+
+
+def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:
+  import jax
+
+  from benchmarks import steps
+  from medattn_jax import sharding
+  from medattn_jax.step import make_train_step
+
+  now = steps.build(page, phase_of(page), jax.devices()[:1])
+  device = jax.devices()[0]
+  hosts = [steps.host_batches(now, seed) for seed in range(2)]
+  state = jax.device_get(now.initial())
+  params, stats = drawn(state.params), drawn(state.batch_stats)
+  scratch = pathlib.Path(spec["scratch"])
+  np.savez(scratch / "weights.npz", **named(page, params, stats))
+  flat = lambda x: x.reshape(-1, *x.shape[2:])  # the eyes of a pair beside each other
+  for number, (host,) in enumerate(hosts):
+    np.savez(scratch / f"batch{number}.npz", image=flat(host["image"]), level=flat(host["level"]))
+  where = jax.tree.map(lambda x: x.sharding, now.abstract_state)
+  state = sharding.place(state.replace(params=params, batch_stats=stats), where)
+
+  def still(variables, image, *, drawn, **options):
+    return now.apply(variables, image, drawn=drawn._replace(chance=None), **options)
+
+  step = make_train_step(
+    still, now.optimizer, now.mesh, state=now.abstract_state, **now.step_options)
+  lowered, compiled, seconds = steps.compiled(lambda: step.lower(state, now.put_train(hosts[0])))
+
+  def run(state, count):
+    """So many steps; batches are uploaded one ahead."""
+    ahead, metrics = now.put_train(hosts[0]), None
+    for number in range(count):
+      batch, ahead = ahead, now.put_train(hosts[(number + 1) % 2])
+      state, metrics = compiled(state, batch)
+    return jax.block_until_ready((state, metrics))
+
+  losses = []
+  for number in range(FIRST):
+    state, metrics = compiled(state, now.put_train(hosts[number % 2]))
+    losses.append(float(metrics["loss"]))
+  begin = time.perf_counter()
+  state, _ = run(state, 2)
+  yield {"losses": losses, "compile_seconds": seconds, "kind": device.device_kind,
+         "flops": lowered.cost_analysis()["flops"],
+         "step_seconds": (time.perf_counter() - begin) / 2}
+  for count in asked:
+    if not count:
+      held = (device.memory_stats() or {}).get("peak_bytes_in_use")
+      yield {"memory": held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+      continue
+    watch = Watch()
+    state, _ = run(state, count)
+    yield watch.each(count)
+
+
+def theirs(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:
+  import torch
+
+  from benchmarks import torch_side
+
+  compiled = (spec["compile"] or ("yes" if torch.cuda.is_available() else "no")) == "yes"
+  read = {}
+  for name in ("weights", "batch0", "batch1"):
+    path = pathlib.Path(spec["scratch"]) / f"{name}.npz"
+    with np.load(path, allow_pickle=False) as held:
+      read[name] = dict(held)
+  side = torch_side.Side(
+    page, spec["side"], read["weights"], [read["batch0"], read["batch1"]], compiled=compiled,
+    channels_last=spec["channels_last"])
+  started = side.start(FIRST)
+  begin = time.perf_counter()
+  side.step(), side.step(), side.wait()
+  yield {**started, "kind": side.kind, "compiled": compiled,
+         "step_seconds": (time.perf_counter() - begin) / 2}
+  for count in asked:
+    if not count:
+      yield {"memory": side.memory()}
+      continue
+    side.number = 0
+    watch = Watch()
+    for _ in range(count):
+      side.step()
+    side.wait()
+    yield watch.each(count)
+
+
+class Watch:
+  """Milliseconds, by the clock and of this process's threads, since it was made."""
+
+  def __init__(self):
+    self.clock, self.worked = time.perf_counter(), time.process_time()
+
+  def each(self, count: int) -> dict[str, float]:
+    return {"milliseconds": (time.perf_counter() - self.clock) * 1000 / count,
+            "processor_ms": (time.process_time() - self.worked) * 1000 / count}
+
+
+def drawn(tree: Any) -> Any:
+  """A tree of weights with noise on what begins as zeros or ones, that every part is felt."""
+  from flax import traverse_util
+
+  def one(path, value):
+    rng = np.random.default_rng([len(path), value.size])
+    noise = rng.standard_normal(value.shape).astype(np.float32) / 10
+    if path[-1] == "var":
+      return 1 + np.abs(noise)
+    if path[-1] == "kernel" and np.abs(value).max() > 0.1:
+      return value
+    return value + noise / (value.shape[-2] ** 0.5 if value.ndim > 1 else 1)
+
+  flat = traverse_util.flatten_dict(tree)
+  return traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})
+
+
+def named(page: pages.Page, params: Mapping, stats: Mapping) -> dict[str, np.ndarray]:
+  """Our variables under PyTorch's names and in its shapes (see torch_side)."""
+  model, found = page.model, {}
+  if model.name == "global_attention":
+    return _of_backbone(model.backbone, params["backbone"], stats.get("backbone", {}))
+  for branch, own in params.items():
+    apart = lambda tree: {name: x for name, x in tree.items() if name != "backbone"}
+    below = stats.get(branch, {})
+    parts = {"": _flat({"params": apart(own), "batch_stats": apart(below)})}
+    if "backbone" in own:
+      name = model.backbone if branch == "m_net" else model.crop_backbone
+      parts["backbone."] = _of_backbone(name, own["backbone"], below.get("backbone", {}))
+    found |= {f"{branch}.{part}{name}": x for part, all_ in parts.items()
+              for name, x in all_.items()}
+  return found
+
+
+def _of_backbone(name: str, params: Mapping, stats: Mapping) -> dict[str, np.ndarray]:
+  from medattn_jax.models import pretrained
+
+  variables = {"params": params, "batch_stats": stats}
+  return pretrained.to_torch(name, variables) if name in pretrained.HEADS else _flat(variables)
+
+
+def _flat(variables: Mapping) -> dict[str, np.ndarray]:
+  """Of parts that are named alike on both sides."""
+  from flax import traverse_util
+
+  flat = traverse_util.flatten_dict(dict(variables))
+  return {".".join([*parts, _LEAVES[leaf]]): _turned(parts, np.asarray(value))
+          for (_, *parts, leaf), value in flat.items()}
+
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
+           "var": "running_var"}
+
+
+def _turned(parts: Sequence[str], value: np.ndarray) -> np.ndarray:
+  """A leaf in PyTorch's order; a halving of the small network as the convolution that it is."""
+  block = next((part for part in parts if part.startswith("down")), None)
+  if block and value.ndim == 4:
+    side = 4 if block == "down0" else 2
+    value = value.reshape(side, side, -1, value.shape[-1])
+  if value.ndim == 4:
+    return value.transpose(3, 2, 0, 1).copy()
+  return value.T.copy()
+
+
+def line(one: Mapping[str, Any]) -> str:
+  """A row for a reader who waits."""
+  return (f"{one['asked']:20} {one['config']['side']:6} {one['images_per_second']:9.1f} images/s, "
+          f"{one['step_ms']['min']:8.1f} ms a step, compiled in {one['compile_seconds']:.1f} s")
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+  """Ours over each way of PyTorch: more than one is faster here."""
+  lines = []
+  for one in found:
+    config = one["config"]
+    lines.append((
+      f"{one['asked']} {config['image_size']}²", config["side"], one["batch"], one["dtype"],
+      one["images_per_second"], one["step_ms"]["min"], one["step_ms"]["median"],
+      one["peak_memory_bytes"] / 2**30, one["compile_seconds"],
+      *((None, None) if config["side"] == "ours" else
+        (one["ours_over_it"], one["ours_over_it_in_processor_time"])),
+      "yes" if one["same_losses"] else "NO"))
+  first = found[0]
+  return "\n" + f"{first['device_kind']}; the fastest round of each\n" + rows.table(
+    ("model", "side", "batch", "dtype", "images/s", "ms", "median", "GiB", "compile s",
+     "ours over it", "by processor", "same losses"), lines)
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """Images a second of ours over each way of PyTorch."""
+  others = [one for one in found if one["config"]["side"] != "ours"]
+
+  def draw(panel):
+    names = [one["asked"] if one["config"]["side"] == "torch"
+             else f"{one['asked']}\n({one['config']['side']})" for one in others]
+    bars = panel.bar(names, [one["ours_over_it"] for one in others], width=0.6, color="#4c78a8")
+    panel.bar_label(bars, fmt="%.2f", padding=2)
+    panel.axhline(1, color="0.3", linewidth=1, linestyle="--")
+    panel.set_ylabel("images/s, over PyTorch's")
+    panel.set_title(f"{found[0]['device_kind']}, {found[0]['dtype']}", fontsize=10)
+    panel.margins(y=0.15)
+    panel.tick_params(axis="x", labelsize=8)
+
+  rows.figure(path, max(4.0, 1.1 * len(others) + 1), 3.6, draw)
+
+
+if __name__ == "__main__":
+  main()
