@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +18,6 @@ from medattn_jax import models
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
 from medattn_jax.programs import ceilings, chips, traffic
-
-_WORKSPACE = re.compile(r", u8\[(\d+)\](?:\{0\})?\) custom-call\(")
 
 
 def split(count: int) -> None:
@@ -107,11 +104,9 @@ def flops(page: Any, phase: str, devices: int = 1) -> float:
 def moved(text: str) -> float | None:
   """Bytes that one run of a device's program moves; None where its text does not tell."""
   try:
-    found = sum(traffic.moved(text).values())
+    return sum(traffic.moved(text).values())
   except traffic.UnknownLoop:
     return None
-  # What a GPU's convolution may scribble on is no traffic that it has to have.
-  return found - sum(map(int, _WORKSPACE.findall(text)))
 
 
 class Ceilings(NamedTuple):

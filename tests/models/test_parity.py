@@ -72,16 +72,16 @@ def test_to_torch_is_what_the_published_network_takes(name, torch):
     assert value.numpy().dtype == before[key].dtype
 
 
-# A leaf that is wholly wrong is more than this of its group's slope, whatever the network.
-TOLERANCE = 0.01
+GROUPS = 12
 
 
 def errors(value_and_gradient, params, groups):
   """How far the slopes found by two steps are from the gradient, for each of `groups` of leaves.
 
   Along a direction in which each leaf of the group has an equal share of the slope; as a share of
-  it. Steps are small against what bends the function, large against float32's rounding. Leaves
-  without a slope (a bias before a normalisation) are left out.
+  it, at the best of three steps: a network's kinks want a small one, float32's rounding a large
+  one, and a gradient that is wrong is wrong at all. Leaves without a slope (a bias before a
+  normalisation) are left out.
   """
   value, gradient = value_and_gradient(params)
   flat, slopes = (traverse_util.flatten_dict(jax.device_get(tree)) for tree in (params, gradient))
@@ -89,17 +89,20 @@ def errors(value_and_gradient, params, groups):
   dead = {path for path in flat if felt[path] < 1e-6 * np.median(list(felt.values()))}
   paths, found = sorted(flat.keys() - dead), []
   for own in (paths[i::groups] for i in range(min(groups, len(paths)))):
-    moved = {}
-    for sign in (1, -1):
-      step = {path: slopes[path] / np.square(slopes[path], dtype=np.float64).sum() for path in own}
-      far = 3e-3 * max(1, abs(float(value))) / len(own)
-      moved[sign] = {path: (flat[path] + sign * far * step[path]).astype(np.float32)
-                     for path in own}
-    ends = [float(value_and_gradient(traverse_util.unflatten_dict({**flat, **moved[sign]}))[0])
-            for sign in (1, -1)]
-    wanted = sum(np.vdot(slopes[path].astype(np.float64), moved[1][path].astype(np.float64)
-                         - moved[-1][path]) for path in own)
-    found.append((ends[0] - ends[1]) / wanted - 1)
+    step = {path: slopes[path] / np.square(slopes[path], dtype=np.float64).sum() for path in own}
+
+    def error(share, own=own, step=step):
+      far = share * max(1, abs(float(value))) / len(own)
+      moved = [{path: (flat[path] + sign * far * step[path]).astype(np.float32) for path in own}
+               for sign in (1, -1)]
+      up, down = (float(value_and_gradient(traverse_util.unflatten_dict({**flat, **one}))[0])
+                  for one in moved)
+      wanted = sum(
+        np.vdot(slopes[path].astype(np.float64), moved[0][path].astype(np.float64) - moved[1][path])
+        for path in own)
+      return (up - down) / wanted - 1
+
+    found.append(min(map(error, (3e-3, 1e-2, 3e-2)), key=abs))
   return np.array(found), dead
 
 
@@ -121,7 +124,7 @@ def test_a_wrong_gradient_shows():
   for last, right in ((jnp.tanh, True), (bent, False)):
     slope = jax.jit(jax.value_and_grad(functools.partial(function, last=last)))
     found, dead = errors(slope, params, 1)
-    assert not dead and (np.abs(found).max() < TOLERANCE) == right
+    assert not dead and (np.abs(found).max() < 0.01) == right
 
 
 # The smallest at which the last grid of each still has several cells to normalise over.
@@ -153,13 +156,15 @@ def test_gradients_are_slopes(name):
       {**variables, "params": params}, images, train=True, mutable=["batch_stats"])
     return (logits * weights).sum()
 
-  found, dead = errors(function, variables["params"], 12)
+  found, dead = errors(function, variables["params"], GROUPS)
   # A normalisation takes away what is the same for all pixels.
   every = {(*path[1:-1], "bias") for path, shape in shapes.items() if len(shape) == 4}
   assert dead == {"vgg16_bn": every, "inception_resnet_v2": {("block8", "conv2d", "bias")}}.get(
     name, set())
   print(f"{name}: slopes and gradients differ by {np.abs(found).max():.1e}")
-  assert np.abs(found).max() < TOLERANCE
+  # Half of what one leaf that is wholly wrong would be of its group's slope.
+  leaves = len(jax.tree.leaves(variables["params"])) - len(dead)
+  assert np.abs(found).max() < GROUPS / leaves / 2
 
 
 @pytest.mark.slow
