@@ -44,6 +44,7 @@ def test_a_step_of_a_cpu_has_memory_collectives_and_operations(once):
   assert row["target"] == "cpu:2" and row["batch"] == 16 and "model" not in row
 
 
+@pytest.mark.slow
 def test_rounds_count_as_often_as_they_run(once, accumulated):
   """Three small batches an update: XLA's own count would see one of them."""
   assert accumulated.images == 3 * once.images

@@ -82,7 +82,7 @@ def assert_close(a, b, **tolerance):
     np.testing.assert_allclose(x, y, **tolerance)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_any_device_count_gives_the_same_numbers(devices):
   batches = [batch(seed=s) for s in range(3)]
   one, one_losses = run(1, batches)

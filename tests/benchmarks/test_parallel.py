@@ -16,6 +16,7 @@ def now():
   return steps.build(page, "joint", jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_all_ways_take_the_same_two_steps(now):
   after = {}
   for way in parallel.WAYS:

@@ -32,6 +32,7 @@ def run(*words):
     cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_it_starts_where_only_jax_is(tmp_path):
   done = run("--json", f"--plot={tmp_path / 'step.png'}")
   assert done.returncode == 0, done.stderr
@@ -76,6 +77,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   assert steps.moved(text) == 64
 
 
+@pytest.mark.slow
 def test_what_is_joined_is_what_the_program_gives():
   flags = argparse.Namespace(
     model="cnn", phase=None, devices="2", batch=2, image_size=16, dtype="float32", rounds=1,
@@ -115,6 +117,7 @@ def test_the_parts_are_those_of_the_step():
   assert "optimiser" in breakdown.table(list(found.values()))
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_last_phase():
   """Crops come from where the selection says, and C-Net's gradient reaches M-Net's features."""
   page = pages.adapted(pages.named("demo"), batch=1, image_size=32, precision="float32")

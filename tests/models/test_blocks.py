@@ -56,7 +56,8 @@ class Stem(nn.Module):
     return max_pool(ConvBN(6, (3, 3), group_size=2, name="third")(x, train))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 35), (34, 31)])
+@pytest.mark.parametrize("size", [
+  (33, 35), *(pytest.param(size, marks=pytest.mark.slow) for size in ((32, 32), (34, 31)))])
 def test_a_stem_in_blocks_is_the_stem(size):
   x = pictures(4, *size, 3)
   variables = Stem(False).init(jax.random.key(0), x, True)
