@@ -92,6 +92,8 @@ def small_view(
 
   def one_by_one(images):
     # In a loop of its own: XLA's CPU would else compute the taps anew for each use of the view.
+    if not isinstance(count, int):  # exported for any number of images: no loop has so many rounds
+      return by_taps(images)
     return jax.lax.map(lambda image: by_taps(image[None])[0], images)
 
   count, height, width, channels = images.shape

@@ -64,6 +64,7 @@ def command(*words):
     env={**os.environ, "COLUMNS": "160", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
 
 
+@pytest.mark.slow
 def test_a_page_on_a_cpu_has_memory_and_collectives():
   run = command("--target=cpu:2", "--config.phases.joint.steps=0")
   assert run.returncode == 0, run.stderr

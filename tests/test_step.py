@@ -164,6 +164,7 @@ def test_compiled_program_has_one_all_reduce_outside_loops_and_donates_its_state
   assert aliases == len(jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_a_device_alone_joins_nothing():
   """No all-reduce, and no vector of all gradients that one would need."""
   texts = []

@@ -259,7 +259,7 @@ class Conv(nn.Module):
 
 def _multiply(x, kernel):
   """1×1 as a matrix: the kernel's gradient then contracts one axis, 20× faster on a CPU."""
-  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _convolve_point(x, kernel):

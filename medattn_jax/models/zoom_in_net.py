@@ -168,7 +168,7 @@ class ZoomInNet(nn.Module):
     """
     if phase not in ("m", "a", "c"):
       raise ValueError(f"phase {phase!r}: one of m, a, c")
-    patients = len(image)
+    patients = image.shape[0]  # len() is no number where any number of them is exported
     image = moved(image, drawn)
     view, means = small_view(self, image, drawn)
     y_m, m, pair = self.m_net(view, train and phase != "a")

@@ -158,6 +158,7 @@ def test_an_answer_depends_on_the_fellow_eye_but_not_on_other_patients(variables
   np.testing.assert_allclose(after[1:], logits[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_slices_of_whole_groups_are_the_whole(variables, batch):
   """Results do not depend on how many devices a batch is spread over."""
   net = network()
@@ -224,6 +225,7 @@ def test_c_net_takes_the_strongest_of_the_regions(batch, draw_variables):
     np.testing.assert_allclose(out["y_C"][place][:3], np.max(means, 0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_finite_and_near(variables, batch):
   exact, _ = evaluate(network(), variables, batch, "m")
   logits, out, _, gradient = train(network(dtype=jnp.bfloat16), variables, batch, "c")
