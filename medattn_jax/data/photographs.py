@@ -9,27 +9,20 @@ before the .jpg.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from PIL import Image
 
 from medattn_jax import console, files
-from medattn_jax.data import archives, preprocess
+from medattn_jax.data import archives, preprocess, workers
 from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
@@ -96,7 +89,7 @@ def jobs_of(
 
 
 def work(
-  jobs: list[Job], workers: int | None, does: Callable[[Job], Done] | None = None
+  jobs: list[Job], processes: int | None, does: Callable[[Job], Done] | None = None
 ) -> dict[str, Done]:
   """Does the jobs, in as many processes (the cores by default); what came of each by its key.
 
@@ -117,7 +110,7 @@ def work(
   with Progress("photographs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                 console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
     task = progress.add_task("", total=len(jobs))
-    for job, result in _results(jobs, workers or _cores(), does):
+    for job, result in _results(jobs, processes or workers.cores(), does):
       done[job.key] = result
       progress.advance(task)
       if not terminal.is_terminal:
@@ -126,57 +119,23 @@ def work(
 
 
 def _results(
-  jobs: list[Job], workers: int, does: Callable[[Job], Done] | None = None
+  jobs: list[Job], processes: int, does: Callable[[Job], Done] | None = None
 ) -> Iterator[tuple[Job, Done]]:
   does = does or _photograph
-  if workers == 1 or len(jobs) < POOL_FROM:
+  if processes == 1 or len(jobs) < POOL_FROM:
     yield from ((job, does(job)) for job in jobs)
     return
-  waiting = collections.deque(jobs)
-  while waiting:
-    suspects: list[Job] = []
-    yield from _pooled(waiting, min(workers, len(waiting)), suspects, does)
-    # A picture has ended its process. Which of those at hand is found by doing each by itself.
-    for job in suspects:
-      alone: list[Job] = []
-      yield from _pooled(collections.deque([job]), 1, alone, does)
-      if alone:
-        yield job, Done(reason="ends the process that decodes it")
-
-
-def _pooled(
-  waiting: collections.deque[Job], workers: int, suspects: list[Job], does: Callable[[Job], Done]
-) -> Iterator[tuple[Job, Done]]:
-  """Results until `waiting` is empty, or a process dies: `suspects` are then those at hand."""
-  pool = concurrent.futures.ProcessPoolExecutor(
-    workers, multiprocessing.get_context("spawn"), initializer=_start_worker
-  )
-  running: dict[concurrent.futures.Future, Job] = {}
-  try:
-    while waiting or running:
-      while waiting and len(running) < 4 * workers:  # bounded, however long the sheet
-        running[pool.submit(does, waiting[0])] = waiting[0]
-        waiting.popleft()
-      ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-      for future in ready:
-        result = future.result()
-        yield running.pop(future), result
-  except BrokenProcessPool:
-    suspects.extend(running.values())
-  finally:
-    pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-  """A worker leaves Ctrl-C to its parent and ends with it, even where that is killed."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  sentinel = multiprocessing.parent_process().sentinel
-
-  def watch() -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
+  ended = []
+  for number, done in workers.answers(does, jobs, processes):
+    if isinstance(done, workers.Died):
+      ended.append(jobs[number])
+    else:
+      yield jobs[number], done
+  # Memory may have been short for as many at once: each has another chance, by itself.
+  for job in ended:
+    [(_, done)] = workers.answers(does, [job], 1)
+    died = isinstance(done, workers.Died)
+    yield job, Done(reason="ends the process that decodes it") if died else done
 
 
 def _photograph(job: Job) -> Done:
@@ -238,12 +197,6 @@ def _bytes(job: Job) -> bytes:
   if job.entry:
     return archives.read(job.path, job.entry)
   return preprocess.read_bytes(job.path)
-
-
-def _cores() -> int:
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def checksum(content: bytes) -> str:

@@ -15,10 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import multiprocessing
-import os
-import signal
-import threading
 
 import numpy as np
 from PIL import Image
@@ -31,7 +27,7 @@ from medattn_jax.data.synthetic_eye import UNIT
 from medattn_jax.data.synthetic_lesions import HAEMORRHAGE, MICROANEURYSM, NEOVASCULARISATION
 
 __all__ = ["TYPES", "Eye", "Patient", "as_camera", "draw_example", "draw_levels", "draw_patient"]
-__all__ += ["grade", "paint", "start_worker"]
+__all__ += ["grade", "paint"]
 
 # Where the levels 1–4 begin in the severity of an eye, as quantiles: about 38, 16, 22, 12, 12 %.
 LEVEL_STARTS = (-0.305, 0.100, 0.706, 1.175)
@@ -144,18 +140,6 @@ def draw_example(seed: int, patient: int, size: int, quality: int = 92) -> dict:
       for type_, box in zip(one.types, one.boxes, strict=True)
     ],
   }
-
-
-def start_worker() -> None:
-  """Makes a process that draws answer no Ctrl-C, and end when its parent does."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def end():
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=end, daemon=True).start()
 
 
 def _finish(image, anatomy, marks, name, image_id) -> Eye:

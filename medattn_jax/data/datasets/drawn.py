@@ -6,12 +6,9 @@ threads by then.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import fcntl
 import io
-import itertools
 import multiprocessing
 import os
 import pathlib
@@ -22,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from medattn_jax.data import schema, synthetic
+from medattn_jax.data import schema, workers
 from medattn_jax.data.backend import tfds
 from medattn_jax.errors import UserError
 
@@ -81,19 +78,14 @@ def draw_all(
   if len(numbers) < spawn_from:
     yield from map(draw, numbers)
     return
-  cores, numbers = _cores(), iter(numbers)
-  pool = concurrent.futures.ProcessPoolExecutor(
-    cores, multiprocessing.get_context("spawn"), initializer=synthetic.start_worker
-  )
-  try:
-    ahead = collections.deque(pool.submit(draw, k) for k in itertools.islice(numbers, 3 * cores))
-    while ahead:
-      yield ahead.popleft().result()
-      ahead.extend(pool.submit(draw, k) for k in itertools.islice(numbers, 1))
-  except concurrent.futures.process.BrokenProcessPool:
-    raise OSError(None, DIED) from None
-  finally:
-    pool.shutdown(cancel_futures=True)
+  early, drawn = {}, 0
+  for number, example in workers.answers(draw, numbers, workers.cores()):
+    if isinstance(example, workers.Died):
+      raise OSError(None, DIED)
+    early[number] = example
+    while drawn in early:
+      yield early.pop(drawn)
+      drawn += 1
 
 
 class Progress:
@@ -148,7 +140,3 @@ def _generate(builder, target):
     downloads = tempfile.TemporaryDirectory(f"_{target.name}", "incomplete.", target.parent)
     with downloads, contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(file_format=schema.FILE_FORMAT, download_dir=downloads.name)
-
-
-def _cores():
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
