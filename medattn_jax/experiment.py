@@ -63,7 +63,6 @@ class Experiment:
     if self.common:
       own = {self.common.branch: config.attention.learning_rate}
       self.optimizer = optim.apart(self.optimizer, own)
-    self.learning_rate = optim.schedule(self.page)
     self.apply = functools.partial(self.model.apply, phase=phase)
     self.eval_step = make_eval_step(self.apply, self.mesh, STOPS)
 
@@ -72,6 +71,11 @@ class Experiment:
     """(state, batch) → (state, metrics), see step.make_train_step."""
     return make_train_step(
         self.apply, self.optimizer, self.mesh, state=self._abstract, **self.step_options)
+
+  @functools.cached_property
+  def learning_rates(self) -> np.ndarray:
+    """Of each step of the phase, float32 [steps]."""
+    return optim.rates(self.page)
 
   @property
   def step_options(self) -> dict[str, Any]:

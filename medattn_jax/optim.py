@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 import optax
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ def schedule(phase: ml_collections.ConfigDict) -> optax.Schedule:
     return after
   rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
   return optax.join_schedules([rise, after], [warmup])
+
+
+def rates(phase: ml_collections.ConfigDict) -> np.ndarray:
+  """The learning rate at each step of the phase, float32 [steps].
+
+  On the host, and by one program: asked for step by step, it would wait for the step under way.
+  """
+  return np.asarray(jax.jit(jax.vmap(schedule(phase)))(np.arange(phase.steps)), np.float32)
 
 
 def build(

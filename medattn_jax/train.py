@@ -368,7 +368,7 @@ class Log:
     now, images = time.monotonic(), self.now.images
     rate = images * (step - self.since_step) / (now - self.since)
     self.since, self.since_step = now, step
-    values["learning_rate"] = float(self.now.learning_rate(step - 1 - self.now.begins))
+    values["learning_rate"] = float(self.now.learning_rates[step - 1 - self.now.begins])
     self._write(step, values | {"images_per_second": rate})
     self.rates.setdefault(self.now.phase, []).append(rate)
     seconds = images * (self.now.ends - step) / rate

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and the way to the project's shared material."""
 
+import fcntl
 import os
 import pathlib
 
@@ -19,6 +20,24 @@ def shared() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip("no ../shared beside the checkout: golden answers and real photographs are there")
   return folder
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+  """made_once(name, make): a path of the session that make(path) made, in whichever process."""
+  place = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    place = place.parent  # that of all of pytest's processes
+
+  def made(name, make):
+    with open(place / f"{name}.lock", "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not (place / f"{name}.done").exists():
+        make(place / name)
+        (place / f"{name}.done").touch()
+    return place / name
+
+  return made
 
 
 @pytest.fixture(scope="session")

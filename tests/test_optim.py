@@ -28,6 +28,15 @@ def test_schedules():
   assert optim.schedule(page(warmup_steps=1))(0) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("kind", ["constant", "step", "cosine"])
+def test_rates_are_the_schedules(kind):
+  asked = page(schedule=kind, warmup_steps=3, steps=30)
+  each = [float(optim.schedule(asked)(step)) for step in range(30)]
+  rates = optim.rates(asked)
+  assert isinstance(rates, np.ndarray) and rates.dtype == np.float32
+  np.testing.assert_allclose(rates, each, rtol=1e-5, atol=1e-9)
+
+
 def test_sgd_with_momentum_is_the_papers():
   optimizer = optim.build(page())
   params = {"w": jnp.ones(2)}

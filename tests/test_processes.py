@@ -66,16 +66,14 @@ def one_process(*arguments):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return tmp_path_factory.mktemp("data")
+def data_dir(made_once):
+  return made_once("processes_data", pathlib.Path.mkdir)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, data_dir):
+def one(made_once, data_dir):
   """A run of one process with two devices."""
-  workdir = tmp_path_factory.mktemp("one") / "run"
-  one_process(*train(workdir, data_dir))
-  return workdir
+  return made_once("processes_run", lambda workdir: one_process(*train(workdir, data_dir)))
 
 
 def losses(workdir):

@@ -27,8 +27,8 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return tmp_path_factory.mktemp("data")
+def data_dir(made_once):
+  return made_once("tiny_data", pathlib.Path.mkdir)
 
 
 def command(workdir, data_dir, *flags):
@@ -56,12 +56,13 @@ def train(workdir, data_dir, *flags, devices=1):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, data_dir):
-  workdir = tmp_path_factory.mktemp("finished") / "run"
-  status, out, err = train(workdir, data_dir)
-  assert status == 0, err
-  assert "M-Net" in out and "images/s while training: joint" in out
-  return workdir
+def finished(made_once, data_dir):
+  def make(workdir):
+    status, out, err = train(workdir, data_dir)
+    assert status == 0, err
+    assert "M-Net" in out and "images/s while training: joint" in out
+
+  return made_once("tiny_run", make)
 
 
 @pytest.fixture
@@ -108,7 +109,20 @@ def test_a_finished_run_holds_what_is_promised(finished):
   assert {"step", "phase", "loss", "learning_rate", "images_per_second"} <= first.keys()
 
 
-@pytest.mark.parametrize("step", [5, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 8))])
+def test_stopped_and_then_killed_it_ends_bit_equal(finished, tmp_path, data_dir):
+  workdir = tmp_path / "run"
+  stop(workdir, data_dir, signal.SIGTERM, 143)
+  process = start(workdir, data_dir)
+  wait_for_step(process, workdir, 8)
+  process.kill()
+  process.communicate()
+  status, _, err = train(workdir, data_dir)
+  assert status == 0 and "resuming at step" in err, err
+  assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 5, 8])
 def test_killed_at_any_moment_it_ends_bit_equal(finished, tmp_path, data_dir, step):
   workdir = tmp_path / "run"
   process = start(workdir, data_dir)
@@ -120,12 +134,18 @@ def test_killed_at_any_moment_it_ends_bit_equal(finished, tmp_path, data_dir, st
   assert_same_run(workdir, finished)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
-def test_stopped_by_a_signal_it_saves_where_it_is(finished, tmp_path, data_dir, number, status):
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_goes_on_where_it_is(finished, tmp_path, data_dir, number, status):
   workdir = tmp_path / "run"
+  step = stop(workdir, data_dir, number, status)
+  again, _, err = train(workdir, data_dir)
+  assert again == 0 and f"resuming at step {step}" in err, err
+  assert_same_run(workdir, finished)
+
+
+def stop(workdir, data_dir, number, status):
+  """The step at which a run is saved that is told to stop."""
   process = start(workdir, data_dir)
   wait_for_step(process, workdir, 4)
   process.send_signal(number)
@@ -135,9 +155,7 @@ def test_stopped_by_a_signal_it_saves_where_it_is(finished, tmp_path, data_dir, 
   steps = Checkpoints(workdir / "checkpoints").steps()
   assert steps[-1] >= 4 and steps[-1] == logged(workdir)[-1][0]
   assert not (workdir / "evaluation").exists()
-  again, _, err = train(workdir, data_dir)
-  assert again == 0 and f"resuming at step {steps[-1]}" in err, err
-  assert_same_run(workdir, finished)
+  return steps[-1]
 
 
 def test_each_program_is_compiled_once(finished):
@@ -170,6 +188,7 @@ def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(
   assert saved == [2]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_noticed_and_passed_over(finished, copy, data_dir):
   newest = max((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))
   largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -190,31 +209,53 @@ def test_run_again_when_done_trains_nothing(copy, data_dir):
 
 
 @pytest.mark.parametrize(
-    ("flag", "words"),
+    ("key", "value"),
     [
-        ("--config.model.backbone=resnet_local", "model.backbone"),
-        ("--config.seed=3", "seed"),
-        ("--config.phases.joint.learning_rate=1", "phases.joint.learning_rate"),
-        ("--config.model.name=zoom_in_net", "model.name"),
-        ("--config.data.name=nowhere", "data.name"),
+        ("model.backbone", "resnet_local"),
+        ("phases.joint.learning_rate", "1"),
+        ("model.name", "zoom_in_net"),
+        ("data.name", "nowhere"),
     ],
 )
-def test_another_run_is_refused_and_harms_nothing(copy, data_dir, flag, words):
-  before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
-  status, _, err = train(copy, data_dir, flag)
-  assert status == 2 and words in err and "Traceback" not in err, err
+def test_another_run_is_refused(copy, data_dir, monkeypatch, key, value):
+  monkeypatch.setattr(loop.jax, "device_count", lambda: 1)
+  page = config.load_page(PAGE, [("data.dir", str(data_dir)), (key, value)])
+  before = files(copy)
+  with pytest.raises(UserError, match=key):
+    loop.run(page, copy)
+  assert files(copy) == before
+
+
+def test_another_run_is_refused_by_one_line_and_harms_nothing(copy, data_dir):
+  before = files(copy)
+  status, _, err = train(copy, data_dir, "--config.seed=3")
+  assert status == 2 and "seed" in err and "Traceback" not in err, err
   assert err.strip().splitlines()[-1].startswith("medattn: error: ")
-  assert {p: p.read_bytes() for p in before} == before
+  assert files(copy) == before
+
+
+def files(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def test_a_second_training_is_refused_and_harms_nothing(copy, data_dir):
-  before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
+  before = files(copy)
   with Workdir(copy).lock():
     status, _, err = train(copy, data_dir)
   assert status == 2 and "another training" in err
-  assert {p: p.read_bytes() for p in before} == before
+  assert files(copy) == before
 
 
+def test_a_loss_that_is_not_finite_is_an_error_with_its_step(tmp_path):
+  log = loop.Log(tmp_path, config.load_page(PAGE))
+  log.begin(types.SimpleNamespace(phase="joint"), 0)
+  metrics = {"loss": np.float32("nan"), "parameter_norm": np.float32(1)}
+  log.step(1, metrics, read_now=False)
+  with pytest.raises(UserError, match=r"loss nan.* at step 1 of phase joint.*learning_rate"):
+    log.step(2, metrics, read_now=False)
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path, data_dir):
   status, _, err = train(tmp_path / "run", data_dir, "--config.phases.joint.learning_rate=1e30")
   assert status == 2 and "at step" in err and "learning_rate" in err and "Traceback" not in err

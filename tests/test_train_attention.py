@@ -31,12 +31,11 @@ def train(workdir, *flags, devices=2):
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory):
+def raw(made_once):
   """Two sets of 24 images each in the MedMNIST layout, prepared: other pixels, equal labels."""
-  folders = []
-  for number in range(2):
+  def make(folder, number):
     rng = np.random.default_rng(number)
-    folder = tmp_path_factory.mktemp(f"set{number}")
+    folder.mkdir()
     arrays = {}
     for split, count in (("train", 24), ("val", 8), ("test", 8)):
       arrays[f"{split}_images"] = rng.integers(0, 256, (count, 16, 16), np.uint8)
@@ -45,8 +44,8 @@ def raw(tmp_path_factory):
     subprocess.run(
       [sys.executable, "-m", "medattn_jax", "prepare", "--source=npz", f"--input={folder}",
        f"--data-dir={folder / 'data'}"], check=True, capture_output=True)
-    folders.append(folder / "data")
-  return folders
+
+  return [made_once(f"aligned_{n}", lambda folder, n=n: make(folder, n)) / "data" for n in (0, 1)]
 
 
 def flags(data_dir):
@@ -57,12 +56,13 @@ def flags(data_dir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, raw):
-  workdir = tmp_path_factory.mktemp("finished") / "run"
-  status, _, err = train(workdir, *flags(raw[0]))
-  assert status == 0, err
-  assert "bank of 24 images" in err
-  return workdir
+def finished(made_once, raw):
+  def make(workdir):
+    status, _, err = train(workdir, *flags(raw[0]))
+    assert status == 0, err
+    assert "bank of 24 images" in err
+
+  return made_once("tiny_map_run", make)
 
 
 def end(workdir):

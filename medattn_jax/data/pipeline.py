@@ -25,6 +25,9 @@ __all__ += ["train_batches"]
 
 Batch = dict[str, np.ndarray]
 
+# AutoGraph would write each function anew, for its ifs: half a second a stream, and they have none.
+_AS_IT_IS = tf.autograph.experimental.do_not_convert
+
 
 def train_batches(
   dataset: DataSet,
@@ -314,11 +317,11 @@ def _photographs(
   if threads:
     options.threading.private_threadpool_size = threads
   parallel = threads or tf.data.AUTOTUNE
+  mapped = lambda stream, does: stream.map(_AS_IT_IS(does), num_parallel_calls=parallel)
   if form.pairs:
-    stream = source.map(both, num_parallel_calls=parallel).unbatch()
-    stream = stream.map(decoded, num_parallel_calls=parallel).prefetch(ahead)
+    stream = mapped(mapped(source, both).unbatch(), decoded).prefetch(ahead)
   else:
-    stream = source.map(chunk, num_parallel_calls=parallel).prefetch(-(-ahead // form.chunk))
+    stream = mapped(source, chunk).prefetch(-(-ahead // form.chunk))
   stream = stream.with_options(options)
   broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
