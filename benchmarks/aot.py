@@ -29,6 +29,7 @@ MODEL = ("a model from data sheets, not a measurement: it compares programs; rea
 FIGURES = (
   ("FLOPs", "G", 1e9, ("flops_per_step",)),
   ("bytes accessed", "GB", 1e9, ("bytes_accessed",)),
+  ("  of the chip's memory", "GB", 1e9, ("hbm_bytes",)),
   ("peak memory", "GB", 1e9, ("peak_memory_bytes",)),
   ("temporaries", "GB", 1e9, ("temporaries",)),
   ("collectives", "", 1, ("count",)),
@@ -193,23 +194,31 @@ def words(row: Mapping[str, Any]) -> str:
 
 
 def scopes(found: Mapping[str, Any], shown: int = 24) -> str:
-  """Where the cycles or bytes go: by direction, by place, and the dearest instructions."""
-  total, unit = found["total"], found["unit"]
-  scale, unit = (1e3, "k cycles") if unit == "cycles" else (1e6, "MB")
-  part = lambda cost: f"{100 * cost / total:5.1f} %  {cost / scale:11,.1f} {unit}"
+  """Where the cycles or bytes go: by direction, by place, and the dearest instructions.
+
+  Beside the cycles stand the bytes that are moved, and those of them that leave the chip.
+  """
+  total, cycles = found["total"], found["unit"] == "cycles"
+
+  def part(*ones):
+    cost, moved, hbm = (sum(one[key] for one in ones) for key in ("cost", "moved", "hbm"))
+    if not cycles:
+      return f"{100 * cost / total:5.1f} %  {cost / 1e6:11,.1f} MB"
+    return (f"{100 * cost / total:5.1f} %  {cost / 1e3:9,.1f} k cycles  {moved / 1e6:9,.1f} MB  "
+            f"{hbm / 1e6:8,.1f} MB HBM")
+
   lines = []
   for direction in COLOURS:
-    cost = sum(one["cost"] for one in found["shares"] if one["direction"] == direction)
-    lines.append(f"{part(cost)}  {direction}")
+    lines.append(f"{part(*[one for one in found['shares'] if one['direction'] == direction])}  "
+                 f"{direction}")
   lines.append("by place")
-  lines += [f"{part(one['cost'])}  {one['direction']:8}  {one['place']}"
-            for one in found["shares"][:shown]]
+  lines += [f"{part(one)}  {one['direction']:8}  {one['place']}" for one in found["shares"][:shown]]
   if rest := found["shares"][shown:]:
-    lines.append(f"{part(sum(one['cost'] for one in rest))}  {len(rest)} more places")
+    lines.append(f"{part(*rest)}  {len(rest)} more places")
   lines.append("instruction by instruction")
   for one in found["singles"]:
     shape = one["shape"] if len(one["shape"]) <= 72 else one["shape"][:71] + "…"
-    lines.append(f"{part(one['cost'])}  {one['direction']:8}  {one['path']}: {one['kind']} "
+    lines.append(f"{part(one)}  {one['direction']:8}  {one['path']}: {one['kind']} "
                  f"{one['name']} {shape}")
   return "\n".join(lines)
 

@@ -34,7 +34,7 @@ class Experiment:
     model: the linen module; `apply` is its own, bound to the phase.
     begins: the run's step at which the phase begins; `ends` the one before which it ends.
     images: of one update, over all devices; both eyes of a pair count.
-    bank: of a global attention, where one is at hand.
+    bank: of a global attention, where one is at hand; `rows` of its pixel classifier's first layer.
     eval_step: (variables, image) → {"logits", "y_M", …}, see step.make_eval_step.
   """
 
@@ -44,12 +44,13 @@ class Experiment:
       phase: str,
       devices: Sequence[Any] | None,
       bank: Bank | None,
+      rows: int,
   ):
     self.config, self.phase, self.page = config, phase, config.phases[phase]
     self.mesh = sharding.mesh(devices)
     self.model = models.build(config, self.mesh.devices.flat[0].platform)
     self.common = models.common(config, phase)
-    self.bank = bank
+    self.bank, self.rows = bank, rows
     table = models.PHASES[config.model.name]
     self.trained = models.trained(config, phase)
     order = phases(config)
@@ -165,7 +166,7 @@ class Experiment:
         "mask": shape(images, jnp.float32),
     }
     source = self.config.attention.source if self.common else ""
-    shapes = banks.abstract(source, self._rows, image[0], image[2], self.mesh)
+    shapes = banks.abstract(source, self.rows, image[0], image[2], self.mesh)
     return self.train_step.lower(self._abstract, batch | self._shared_inputs(shapes))
 
   def lower_eval_step(self) -> jax.stages.Lowered:
@@ -174,13 +175,6 @@ class Experiment:
     image = (math.ceil(image[0] / self.mesh.size) * self.mesh.size, *image[1:])
     batch = jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding.batched(self.mesh))
     return self.eval_step.lower(self.variables(self._abstract), batch)
-
-  @property
-  def _rows(self) -> int:
-    """Rows of the pixel classifier's first layer: the bank's, or of a set as the page draws it."""
-    if self.bank is not None:
-      return self.bank.rows
-    return bank_rows(self.config, self.config.data.synthetic.train)
 
   @property
   def _compile_only(self) -> bool:
@@ -206,7 +200,7 @@ class Experiment:
     image = jnp.zeros((1, *models.image_shape(self.config)), jnp.uint8)
     last = phases(self.config)[-1]
     variables = self.model.init(key, image, phase=last, train=False)
-    own = models.draw_classifier(self.config, jax.random.fold_in(key, 1), self._rows)
+    own = models.draw_classifier(self.config, jax.random.fold_in(key, 1), self.rows)
     return self._phase_state(
         jnp.zeros((), jnp.int32),
         {**variables["params"], **own},
@@ -371,18 +365,22 @@ def build(
     phase: str | None = None,
     devices: Sequence[Any] | None = None,
     bank: Bank | None = None,
+    images: int | None = None,
 ) -> Experiment:
   """Builds one phase of `config` (the last by default) on `devices` (all by default).
 
   The devices may be those of a compile-only topology: then nothing is allocated and `state` is
   abstract. A global attention whose source is a bank trains with the `bank` given (see bank.fill);
-  without one its shapes are those of data.synthetic.train images.
+  a phase without one has its shapes all the same: those of a training split of so many `images`
+  (by default data.synthetic.train).
   """
   check(config)
   order = phases(config)
   if phase is not None and phase not in order:
     raise UserError(f"phase {phase!r}; accepted for {config.model.name}: {', '.join(order)}")
-  return Experiment(config, phase or order[-1], devices, bank)
+  rows = bank.rows if bank else bank_rows(
+      config, config.data.synthetic.train if images is None else images)
+  return Experiment(config, phase or order[-1], devices, bank, rows)
 
 
 def predictions(

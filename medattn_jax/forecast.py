@@ -66,6 +66,7 @@ class Forecast(NamedTuple):
   report: Report | None
   flops: float | None
   accessed: float | None
+  hbm: float | None
   cycles: int | None
   seconds: float | None
   bound: Bound | None
@@ -89,7 +90,8 @@ class Forecast(NamedTuple):
       "phase": self.phase, "target": str(self.target), "device_kind": self.kind,
       "devices": self.devices, "batch": self.images, "dtype": self.dtype, "fits": self.fits,
       "lower_seconds": round(self.lowering, 2), "compile_seconds": round(self.compiling, 2),
-      "flops_per_step": self.flops, "bytes_accessed": self.accessed, "cycles": self.cycles,
+      "flops_per_step": self.flops, "bytes_accessed": self.accessed,
+      "hbm_bytes": self.hbm, "cycles": self.cycles,
       "compiler_ms": self.seconds and 1e3 * self.seconds, "compiler_options": self.options,
       "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves,
       "unread": self.unread}
@@ -143,8 +145,8 @@ def here(page: ml_collections.ConfigDict, phase: str, target: chips.Target, devi
     phase=phase, target=target, kind=kind, devices=len(devices), images=now.images,
     dtype=page.precision, leaves=len(jax.tree.leaves(now.abstract_state)), unread=0,
     needs=None, memory=_memory(devices[0], sheet), lowering=middle - start, compiling=0.0,
-    options={}, report=None, flops=None, accessed=None, cycles=None, seconds=None, bound=None,
-    places=None)
+    options={}, report=None, flops=None, accessed=None, hbm=None, cycles=None, seconds=None,
+    bound=None, places=None)
   tried = [_UNRUN if target.chip == chips.CPU else {}, *[_UNTRIED] * target.gpu]
   for options in tried:
     try:
@@ -167,23 +169,25 @@ def _read(found, now, compiled, depth, largest, sheet) -> Forecast:
   if told.cycles:  # a TPU's: what it says of a loop is said of one round
     flops, accessed = (x and rounds * x for x in (told.flops, told.accessed))
     seconds = told.seconds and rounds * told.seconds
+    hbm = float(sum(traffic.moved(text, rounds, traffic.VMEM).values()))
   else:
     flops, seconds = told.flops if rounds == 1 else None, None
     try:
       accessed = float(sum(traffic.moved(text).values()))
     except traffic.UnknownLoop:
       accessed = told.accessed and rounds * told.accessed
+    hbm = accessed
   if flops is None:
     flops = _lowered_flops(now)
   read = sum(name.startswith("state") for name in report.inputs(text))
   found = found._replace(
     report=told, unread=found.leaves - read, needs=told.peak, flops=flops,
-    accessed=accessed, cycles=told.cycles, seconds=seconds,
+    accessed=accessed, hbm=hbm, cycles=told.cycles, seconds=seconds,
     places=places.of(text, depth, largest, rounds) if largest else None)
-  if sheet is None or flops is None or accessed is None:
+  if sheet is None or flops is None or hbm is None:
     return found
   return found._replace(bound=roofline.bound(
-    flops, accessed, sum(told.wire.values()), len(told.collectives), found.devices, sheet, seconds,
+    flops, hbm, sum(told.wire.values()), len(told.collectives), found.devices, sheet, seconds,
     found.target.hosts))
 
 

@@ -280,7 +280,8 @@ def asked_to_stop(work: Run) -> int:
 def build(work: Run, phase: str) -> Experiment:
   """The phase's experiment, with the bank that it trains with."""
   bank = fill_bank.of_phase(work.config, phase, work.dataset)
-  return experiment.build(work.config, phase, bank=bank)
+  images = len(work.dataset.photo_levels("train"))
+  return experiment.build(work.config, phase, bank=bank, images=images)
 
 
 def map_is_due(now: Experiment, step: int) -> bool:

@@ -49,7 +49,9 @@ def raw(made_once):
 
 
 def flags(data_dir):
-  return ["--config.data.name=npz", f"--config.data.dir={data_dir}",
+  """`data.synthetic.train` is of drawn sets alone: the phase without a bank has this one's size."""
+  return ["--config.data.synthetic.train=400",
+          "--config.data.name=npz", f"--config.data.dir={data_dir}",
           "--config.data.full_size=16", "--config.data.image_size=16",
           "--config.phases.joint.steps=60", "--config.checkpoint.every=5",
           "--config.evaluation.every=50"]

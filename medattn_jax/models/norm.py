@@ -98,7 +98,7 @@ class Values(NamedTuple):
 
 def normalise(norm: GroupBatchNorm, held: Sequence[Values], x: Any, train: bool) -> Any:
   """`x` normalised as `norm` does, by what several hold whose channels lie side by side."""
-  layout = x if isinstance(x, Blocks) else None
+  given, layout = x, x if isinstance(x, Blocks) else None
   x = layout.array if layout else x
   join = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts)
   scale, bias = join([one.scale for one in held]), join([one.bias for one in held])
@@ -108,26 +108,43 @@ def normalise(norm: GroupBatchNorm, held: Sequence[Values], x: Any, train: bool)
     y = (x.astype(jnp.float32) * _tile(gain, x) + _tile(offset, x)).astype(x.dtype)
     return layout.replace(array=y) if layout else y
 
+  groups, inside, count = _grouped(norm, given)
+  y, mean, var = _normalise(groups, scale, bias, inside, norm.epsilon, count)
+  _keep(norm, held, mean, var)
+  y = y.reshape(x.shape)
+  return layout.replace(array=y) if layout else y
+
+
+def _grouped(norm, x):
+  """x as [G, g, n, p·C], what of it is inside (or None), and how many numbers a group has.
+
+  (Of a channel, p pixels of a block lie side by side; p is 1 where nothing is in blocks.)
+  """
+  layout = x if isinstance(x, Blocks) else None
+  x = layout.array if layout else x
   size = x.shape[0] if norm.group_size is None else norm.group_size
   if x.shape[0] % size or not x.shape[0]:
     raise ValueError(
       f"norm.group_size={size}: a batch of {x.shape[0]} on one device is not a whole number "
       "of groups")
   groups = x.reshape(x.shape[0] // size, size, -1, x.shape[-1])
-  count, inside = size * math.prod(x.shape[1:-1]), None
-  if layout:
-    count = size * layout.rows * layout.columns
-    if layout.inside is not None:
-      inside = blocks.spread(layout.inside, layout.channels).reshape(groups.shape[2:])
-  y, *found = _normalise(groups, scale, bias, inside, norm.epsilon, count)
-  if not norm.is_initializing():
-    keep, ends = norm.momentum, np.cumsum([len(one.scale) for one in held])[:-1]
-    mean, var = (jnp.split(value.mean((0, 1, 2)), ends) for value in found)
-    for one, new_mean, new_var in zip(held, mean, var, strict=True):
-      one.mean.value = keep * one.mean.value + (1 - keep) * new_mean
-      one.var.value = keep * one.var.value + (1 - keep) * new_var
-  y = y.reshape(x.shape)
-  return layout.replace(array=y) if layout else y
+  if not layout:
+    return groups, None, size * math.prod(x.shape[1:-1])
+  inside = layout.inside
+  if inside is not None:
+    inside = blocks.spread(inside, layout.channels).reshape(groups.shape[2:])
+  return groups, inside, size * layout.rows * layout.columns
+
+
+def _keep(norm, held, mean, var):
+  """Moves the running statistics of all that are held towards [G, 1, 1, C]."""
+  if norm.is_initializing():
+    return
+  keep, ends = norm.momentum, np.cumsum([len(one.scale) for one in held])[:-1]
+  mean, var = (jnp.split(value.mean((0, 1, 2)), ends) for value in (mean, var))
+  for one, new_mean, new_var in zip(held, mean, var, strict=True):
+    one.mean.value = keep * one.mean.value + (1 - keep) * new_mean
+    one.var.value = keep * one.var.value + (1 - keep) * new_var
 
 
 def _tile(a, x):
@@ -156,10 +173,36 @@ def _normalise(x, scale, bias, inside, epsilon, count):
   return _forward(x, scale, bias, inside, epsilon, count)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _moments(x, inside, count, channels):
+  """x [G, g, n, p·C] → the mean and the variance of each channel, [G, 1, 1, C] float32."""
+  wide = x.astype(jnp.float32)
+  mean = _total(wide, inside, channels) / count
+  var = _total(jnp.square(wide), inside, channels) / count - jnp.square(mean)
+  return mean, jnp.maximum(var, 0)
+
+
+def _moments_forward(x, inside, count, channels):
+  mean, var = _moments(x, inside, count, channels)
+  return (mean, var), (x, mean, inside)
+
+
+def _moments_backward(count, channels, saved, cotangents):
+  """By the centred numbers: of the squares alone, large and nearly equal ones would be left."""
+  x, mean, inside = saved
+  of_mean, of_var = (_tile(one / count, x) for one in cotangents)
+  dx = of_mean + 2 * of_var * (x.astype(jnp.float32) - _tile(mean, x))
+  if inside is not None:
+    dx = jnp.where(inside, dx, 0)
+  return dx.astype(x.dtype), None
+
+
+_moments.defvjp(_moments_forward, _moments_backward)
+
+
 def _forward(x, scale, bias, inside, epsilon, count):
   wide = x.astype(jnp.float32)
-  mean = _total(wide, inside, len(scale)) / count
-  var = jnp.maximum(_total(jnp.square(wide), inside, len(scale)) / count - jnp.square(mean), 0)
+  mean, var = _moments(x, inside, count, len(scale))
   inverse = jax.lax.rsqrt(var + epsilon)
   gain = scale * inverse
   y = (wide * _tile(gain, x) + _tile(bias - mean * gain, x)).astype(x.dtype)
@@ -268,6 +311,38 @@ def _convolve_point(x, kernel):
     x, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def conv_bn(
+  conv: Conv, norm: GroupBatchNorm, x: Float[Array, "b h w c"] | Blocks, train: bool,
+  pool: Callable | None = None,
+) -> Float[Array, "b h2 w2 d"] | Blocks:
+  """pool(norm(conv(x), train)), the maxima taken before the normalisation: they are fewer.
+
+  A maximum commutes with a normalisation that does not turn its channel over, and so with any once
+  the kernels of those with a negative gamma have changed their sign.
+
+  Args:
+    conv: without bias.
+    pool: a maximum of windows, that gives no blocks; or None.
+  """
+  if pool is None:
+    return norm(conv(x), train)
+  kernel, _ = conv.weights(x.channels if isinstance(x, Blocks) else x.shape[-1])
+  held = norm.values(conv.features)
+  sign, scale = jnp.where(held.scale < 0, -1.0, 1.0), jnp.abs(held.scale)
+  x = conv.convolve(x, kernel * sign)
+  y = pool(x)
+  if not train:
+    gain = scale * jax.lax.rsqrt(held.var.value + norm.epsilon)
+    offset = held.bias - sign * held.mean.value * gain
+    return (y.astype(jnp.float32) * gain + offset).astype(y.dtype)
+  groups, inside, count = _grouped(norm, x)
+  mean, var = _moments(groups, inside, count, conv.features)
+  _keep(norm, [held], sign * mean, var)
+  gain = scale * jax.lax.rsqrt(var + norm.epsilon)
+  wide = y.reshape(*groups.shape[:2], -1, conv.features).astype(jnp.float32)
+  return ((wide - mean) * gain + held.bias).reshape(y.shape).astype(y.dtype)
+
+
 class ConvBN(nn.Module):
   """Convolution (`conv`), GroupBatchNorm (`bn`), ReLU: the unit of the networks here.
 
@@ -291,9 +366,10 @@ class ConvBN(nn.Module):
     self.bn = GroupBatchNorm(self.group_size, self.momentum, self.epsilon, self.scale_init)
 
   def __call__(
-    self, x: Float[Array, "b h w c"] | Blocks, train: bool,
+    self, x: Float[Array, "b h w c"] | Blocks, train: bool, pool: Callable | None = None,
   ) -> Float[Array, "b h2 w2 d"] | Blocks:
-    x = self.bn(self.conv(x), train)
+    """`pool`: as in `conv_bn`."""
+    x = conv_bn(self.conv, self.bn, x, train, pool)
     return jax.tree.map(nn.relu, x) if self.relu else x
 
 

@@ -22,17 +22,22 @@ _OF_JAX = {"shard_map", "while", "body", "cond", "scan", "closed_call", "checkpo
 
 
 class Share(NamedTuple):
-  """What the instructions of one place cost together; "–" is no module's."""
+  """What the instructions of one place cost together, and the bytes that they move, of which `hbm`
+  to and from the chip's memory; "–" is no module's."""
 
   direction: str
   place: str
   cost: int
+  moved: int
+  hbm: int
 
 
 class Single(NamedTuple):
-  """One instruction: what it costs, and what it is."""
+  """One instruction: what it costs and moves, and what it is."""
 
   cost: int
+  moved: int
+  hbm: int
   name: str
   kind: str
   shape: str
@@ -41,8 +46,8 @@ class Single(NamedTuple):
 
 
 class Places(NamedTuple):
-  """`unit`: cycles or bytes; `total` of the program; `shares` and `singles` with the dearest first.
-  """
+  """`unit` of the costs: cycles or bytes; `total` of the program; `shares` and `singles` with the
+  dearest first."""
 
   unit: str
   total: int
@@ -55,22 +60,28 @@ def of(text: str, depth: int, largest: int, rounds: int = 1) -> Places:
 
   Cycles where the compiler counts them, else the bytes moved. `rounds`: as in report.read.
   """
-  unit, found = "cycles", [
-    (one.cycles, one.name, one.kind, one.shape, one.scope) for one in report.costs(text, rounds)]
-  if not found:
-    unit = "bytes"
-    program, _ = traffic.parse(text)
-    for one, times, moved in traffic.each(text, rounds):
-      kind = one.kind if times == 1 else f"{times} × {one.kind}"
-      found.append((moved.total(), one.name, kind, one.shape, report.scope(one, program)))
-  total, singles = collections.Counter(), []
-  for *what, scope in found:
-    total[place(scope, depth)] += what[0]
-    direction, _ = place(scope, depth)
-    singles.append(Single(*what, direction, scope.rpartition(")/")[2] or "–"))
+  cycles = {one.name: one.cycles for one in report.costs(text, rounds)}
+  unit, near = ("cycles", traffic.VMEM) if cycles else ("bytes", None)
+  program, entry = traffic.parse(text)
+  moved, hbm = (
+    {one.name: bytes.total() for one, _, bytes in traffic.each(text, rounds, memory)}
+    for memory in (None, near))
+  costs, singles = collections.defaultdict(collections.Counter), []
+  for _, one, times in traffic.run(program, entry, rounds):
+    bytes = moved.get(one.name, 0), hbm.get(one.name, 0)
+    cost = cycles.get(one.name, 0) if cycles else bytes[0]
+    if not cost and not any(bytes):
+      continue
+    scope = report.scope(one, program)
+    where = place(scope, depth)
+    costs[where].update(cost=cost, moved=bytes[0], hbm=bytes[1])
+    kind = one.kind if times == 1 else f"{times} × {one.kind}"
+    singles.append(Single(
+      cost, *bytes, one.name, kind, one.shape, where[0], scope.rpartition(")/")[2] or "–"))
   singles.sort(key=lambda one: -one.cost)
-  shares = (Share(*where, cost) for where, cost in total.most_common())
-  return Places(unit, total.total(), tuple(shares), tuple(singles[:largest]))
+  shares = [Share(*where, **dict(cost)) for where, cost in costs.items()]
+  shares.sort(key=lambda one: -one.cost)
+  return Places(unit, sum(one.cost for one in shares), tuple(shares), tuple(singles[:largest]))
 
 
 def place(scope: str, depth: int) -> tuple[str, str]:

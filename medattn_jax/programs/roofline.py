@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from medattn_jax.programs.chips import Chip
-from medattn_jax.programs.report import Report
 
 LAUNCH = 10e-6  # seconds that a collective costs however little it carries [choice]
 
@@ -34,19 +33,21 @@ class Bound(NamedTuple):
 
   @property
   def by(self) -> str:
-    """What bounds it: "arithmetic", "memory" or "collectives"."""
+    """What bounds it: "arithmetic", "memory", "collectives", or "on-chip work" where the compiler
+    expects more time than both units could take: of vector units, tiles half full, VMEM."""
     parts = {name: getattr(self, name) for name in ("arithmetic", "memory", "collectives")}
+    parts["on-chip work"] = self.compiler or 0.0
     return max(parts, key=parts.get)
 
 
-def bound(flops: float, accessed: float, wire: float, launches: int, devices: int, chip: Chip,
+def bound(flops: float, hbm: float, wire: float, launches: int, devices: int, chip: Chip,
           compiler: float | None = None, hosts: int = 1) -> Bound:
   """The bound of a step of so many operations, and bytes of memory and of collectives, a device.
 
   hosts: between which there is the chip's network alone.
   """
   return Bound(
-    flops / chip.flops, accessed / chip.bandwidth,
+    flops / chip.flops, hbm / chip.bandwidth,
     reduced(wire, devices, chip, hosts) + (launches * LAUNCH if devices > 1 else 0.0), compiler)
 
 
@@ -58,11 +59,3 @@ def reduced(count: float, devices: int, chip: Chip, hosts: int = 1) -> float:
   here = devices // hosts
   inside = 2 * (here - 1) / here * count / chip.link
   return inside + 2 * (hosts - 1) / hosts * (count / here) / chip.network
-
-
-def of(report: Report, flops: float, accessed: float, devices: int, chip: Chip,
-       hosts: int = 1) -> Bound:
-  """The bound of a compiled program; `flops` and `accessed` a device, where it tells none."""
-  return bound(
-    report.flops or flops, report.accessed or accessed, sum(report.wire.values()),
-    len(report.collectives), devices, chip, report.seconds, hosts)

@@ -3,7 +3,9 @@
 XLA's own cost analysis counts a loop's body once, and the GPU's compiler gives none. This reads the
 optimised program's text: what each instruction reads and writes of arrays that lie in memory, by
 their dtype. What a fusion keeps to itself is not counted; what a cache holds is, so for a
-processor with large caches the floats are an upper bound.
+processor with large caches the floats are an upper bound. A TPU's program says of each array in
+which memory it lies: `near=VMEM` leaves out what stays within the chip, and the rest is what passes
+its pins.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import NamedTuple
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+VMEM = "S(1)"  # the memory space within a TPU, in an array's layout
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _TRIPS = re.compile(r'known_trip_count":?\s*=?\{\\?"?n\\?"?:\\?"?(\d+)')
@@ -27,6 +30,7 @@ _FLOATS = {"f16", "bf16", "f32", "f64"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
          "partition-id", "replica-id", "optimization-barrier"}
 _SCRATCH = re.compile(r", [su]8\[\d+\][^,]*\)$")  # a library's workspace: of what is used, unknown
+_NAMING = 'custom_call_target="ConcatBitcast"'  # slices that lie side by side already
 _SAME = {"bitcast", "reshape", "copy-done"}  # another name of the same bytes, inside a fusion
 
 
@@ -47,22 +51,24 @@ class UnknownLoop(ValueError):
   """A loop whose number of rounds the program's text does not tell."""
 
 
-def moved(text: str) -> dict[str, int]:
+def moved(text: str, rounds: int | None = None, near: str | None = None) -> dict[str, int]:
   """{dtype: bytes read and written} by one run of a compiled program (`compiled.as_text()`).
 
-  Raises:
-    UnknownLoop: a loop without a known number of rounds.
+  Arguments and errors as `each`.
   """
-  return dict(sum((bytes for *_, bytes in each(text)), collections.Counter()))
+  return dict(sum((bytes for *_, bytes in each(text, rounds, near)), collections.Counter()))
 
 
 def each(
-    text: str, rounds: int | None = None
+    text: str, rounds: int | None = None, near: str | None = None
 ) -> list[tuple[Instruction, int, collections.Counter]]:
   """Every instruction that moves bytes: itself, how often it runs, and {dtype: bytes} in all.
 
-  Loops, calls and branches are entered; a fusion is one instruction. `rounds`: of a loop of which
-  the text does not tell.
+  Loops, calls and branches are entered; a fusion is one instruction.
+
+  Args:
+    rounds: of a loop of which the text does not tell.
+    near: the memory space whose arrays are not counted.
 
   Raises:
     UnknownLoop: there is such a loop, and `rounds` is None.
@@ -70,7 +76,7 @@ def each(
   program, entry = parse(text)
   found = []
   for inside, one, times in run(program, entry, rounds):
-    if bytes := _instruction(program, inside, one):
+    if bytes := _instruction(program, inside, one, near):
       found.append((one, times, _multiplied(bytes, times)))
   return found
 
@@ -109,7 +115,7 @@ def floats(text: str, least: int) -> list[str]:
   while waiting:
     for one in program[waiting.pop()].values():
       arrays = (array for array in _ARRAY.finditer(one.shape) if _elements(array) >= least)
-      found |= {array.group() for array in arrays if array.group(1) in _FLOATS}
+      found |= {_bare(array) for array in arrays if array.group(1) in _FLOATS}
       below = set(_BELOW.findall(one.rest)) - seen if one.kind != "fusion" else set()
       below |= set(_names(_BRANCHES.search(one.rest))) - seen
       waiting += below
@@ -155,16 +161,20 @@ def _elements(array: re.Match) -> int:
   return math.prod(int(side) for side in array.group(2).split(",") if side)
 
 
+def _bare(array: re.Match) -> str:
+  return f"{array.group(1)}[{array.group(2)}]"
+
+
 def elements(shape: str) -> int:
   """Numbers in an array's or a tuple's type."""
   return sum(_elements(array) for array in _ARRAY.finditer(shape))
 
 
-def size(shape: str) -> collections.Counter:
-  """{dtype: bytes} of an array's or a tuple's type."""
+def size(shape: str, near: str | None = None) -> collections.Counter:
+  """{dtype: bytes} of an array's or a tuple's type; but for what lies in the memory `near`."""
   found = collections.Counter()
   for array in _ARRAY.finditer(shape):
-    if array.group(1) in _BYTES:
+    if array.group(1) in _BYTES and not _lies(array, near):
       found[array.group(1)] += _BYTES[array.group(1)] * _elements(array)
   return found
 
@@ -182,35 +192,55 @@ def _multiplied(bytes: collections.Counter, times: int) -> collections.Counter:
   return collections.Counter({kind: times * n for kind, n in bytes.items()})
 
 
-def _instruction(program: Program, inside: str, one: Instruction) -> collections.Counter:
-  given = lambda name: size(program[inside][name].shape)
-  if one.kind in _FREE or one.kind.endswith("-done"):
+def _lies(array: re.Match, near: str | None) -> bool:
+  return bool(near) and near in (array.group(3) or "")
+
+
+def _instruction(
+    program: Program, inside: str, one: Instruction, near: str | None = None
+) -> collections.Counter:
+  shapes = [program[inside][name].shape for name in one.operands]
+  if one.kind in _FREE or one.kind.endswith("-done") or _NAMING in one.rest:
     return collections.Counter()
   if one.kind == "fusion":
-    return _fusion(program, one, [given(name) for name in one.operands])
+    return _fusion(program, one, shapes, near)
+  if one.kind in ("copy-start", "slice-start"):  # the result is named with its source
+    arrays = [found.group() for found in _ARRAY.finditer(one.shape)]
+    return _from_to(arrays[one.kind == "slice-start"], shapes[0], near)
   if one.kind in ("dynamic-slice", "slice", "gather"):
-    return size(one.shape) + size(one.shape)
+    return _from_to(one.shape, shapes[0], near)
   if one.kind == "dynamic-update-slice":
-    return given(one.operands[1]) + given(one.operands[1])
+    written = size(shapes[1]) if size(one.shape, near) else collections.Counter()
+    return size(shapes[1], near) + written
   shape = _SCRATCH.sub("", one.shape) if one.kind == "custom-call" else one.shape
-  return sum((given(name) for name in one.operands), size(shape))
+  return sum((size(given, near) for given in shapes), size(shape, near))
 
 
-def _fusion(program, one, operands) -> collections.Counter:
+def _from_to(part: str, source: str, near: str | None) -> collections.Counter:
+  """The bytes of a part of `source` that is put elsewhere."""
+  read = size(part) if size(source, near) else collections.Counter()
+  return read + size(part, near)
+
+
+def _fusion(program, one, shapes, near) -> collections.Counter:
   """Of an operand that is only sliced, the slices; of a result that is only updated, the update."""
   body = called(program, one)
   total = collections.Counter()
   for inner in body.values():
     if inner.kind == "parameter":
-      total += _read(body, inner.name, operands[inner.number])
+      total += _read(body, inner.name, size(shapes[inner.number], near))
   roots = [inner for inner in body.values() if inner.root]
+  given = [one.shape]  # the fusion's own type tells where its results lie
   if roots[0].kind == "tuple":
     roots = [body[name] for name in roots[0].operands]
-  for root in roots:
+    given = [array.group() for array in _ARRAY.finditer(one.shape)]
+  for root, shape in zip(roots, given, strict=True):
     while root.kind in _SAME and root.operands:
       root = body[root.operands[0]]
-    written = body[root.operands[1]] if root.kind == "dynamic-update-slice" else root
-    total += size(written.shape)
+    if root.kind != "dynamic-update-slice":
+      total += size(shape, near)
+    elif size(shape, near):
+      total += size(body[root.operands[1]].shape)
   return total
 
 

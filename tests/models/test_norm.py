@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medattn_jax.models.norm import Conv, GroupBatchNorm
+from medattn_jax.models import blocks
+from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm
+from medattn_jax.models.pooling import max_pool
 
 
 def plain(x, scale, bias, group, epsilon=1e-5):
@@ -134,3 +136,40 @@ def test_padding_is_symmetric(kernel, stride, padding, side):
   weights = np.asarray(variables["params"]["kernel"])[..., 0]
   corner = (padded[:kernel[0], :kernel[1]] * weights).sum()
   np.testing.assert_allclose(y[0, 0, 0, 0], corner, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("side", [None, 2])
+def test_a_maximum_taken_first_is_the_maximum_taken_last(dtype, side):
+  """Whatever gamma's sign; in training, with the running statistics it leaves, and after it."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(1, 2, (4, 13, 15, 3)), dtype)
+  unit = ConvBN(6, (3, 3), group_size=2, dtype=dtype)
+  variables = unit.init(jax.random.key(0), x, True)
+  scale = jnp.asarray([1.0, -2.0, 0.5, -0.1, 1.5, 0.01])
+  variables["params"]["bn"] = {"scale": scale, "bias": jnp.linspace(-1, 1, 6)}
+  weight = jnp.asarray(rng.normal(size=(4, 6, 7, 6)), jnp.float32)
+  shown = lambda x: blocks.split(x, side) if side else x
+
+  def loss(params, x, first):
+    given = ({**variables, "params": params}, shown(x), True)
+    if first:
+      y, left = unit.apply(*given, max_pool, mutable=["batch_stats"])
+    else:
+      y, left = unit.apply(*given, mutable=["batch_stats"])
+      y = max_pool(y)
+    return jnp.sum(y * weight), (y, left)
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+  grads, (y, left) = run(variables["params"], x, True)
+  wanted, (last, wanted_left) = run(variables["params"], x, False)
+  near = {"rtol": 0, "atol": 1e-5 if dtype == jnp.float32 else 0.03}
+  np.testing.assert_allclose(y, last, **near)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+               left, wanted_left)
+  if dtype == jnp.float32:  # of rounded numbers several may be the largest
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), grads, wanted)
+  after = {**variables, **left}
+  np.testing.assert_allclose(
+    unit.apply(after, shown(x), False, max_pool), max_pool(unit.apply(after, shown(x), False)),
+    **near)

@@ -62,3 +62,37 @@ def test_floats_are_found_in_memory_and_not_within_fusions():
     ((512, 512), jnp.uint8), ((512, 8), jnp.float32))
   assert traffic.floats(inside.as_text(), 512 * 512) == []
   assert traffic.floats(copied.as_text(), 512 * 512) == ["f32[512,512]"]
+
+
+# As a TPU's compiler writes it: S(1) is its VMEM.
+ON_CHIP = """HloModule m
+
+%add (p: f32[64,128], q: f32[64,128]) -> (f32[64,128], f32[64,128]) {
+  %p = f32[64,128]{1,0} parameter(0)
+  %q = f32[64,128]{1,0} parameter(1)
+  %a = f32[64,128]{1,0} add(%p, %q)
+  %m = f32[64,128]{1,0} multiply(%p, %q)
+  ROOT %t = (f32[64,128]{1,0}, f32[64,128]{1,0}) tuple(%a, %m)
+}
+
+ENTRY %main (x: f32[64,128], w: f32[512,128]) -> f32[64,128] {
+  %x = f32[64,128]{1,0} parameter(0)
+  %w = f32[512,128]{1,0} parameter(1)
+  %cs = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %c = f32[64,128]{1,0:S(1)} copy-done(%cs)
+  %ss = ((f32[512,128]{1,0}), f32[64,128]{1,0:S(1)}, s32[]) slice-start(%w), slice={[0:64], [0:128]}
+  %s = f32[64,128]{1,0:S(1)} slice-done(%ss)
+  %f = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}) fusion(%c, %s), kind=kLoop, calls=%add
+  %near = f32[64,128]{1,0:S(1)} get-tuple-element(%f), index=0
+  %far = f32[64,128]{1,0} get-tuple-element(%f), index=1
+  ROOT %sum = f32[64,128]{1,0} add(%near, %far)
+}
+"""
+
+
+def test_what_stays_within_the_chip_is_told_from_what_passes_its_pins():
+  each = 4 * 64 * 128
+  assert traffic.moved(ON_CHIP) == {"f32": 11 * each}
+  far = {one.name: sum(bytes.values()) // each
+         for one, _, bytes in traffic.each(ON_CHIP, near=traffic.VMEM)}
+  assert far == {"cs": 1, "ss": 1, "f": 1, "sum": 2}

@@ -126,11 +126,9 @@ class InceptionResNetV2(nn.Module):
     x = blocks.split(x, 4) if self.blocks else x
     x = unit(32, (3, 3), 2, (0, 0), name="conv2d_1a")(x, train)
     x = unit(32, (3, 3), 1, (0, 0), name="conv2d_2a")(x, train)
-    x = unit(64, (3, 3), name="conv2d_2b")(x, train)
-    x = max_pool(x)
+    x = unit(64, (3, 3), name="conv2d_2b")(x, train, max_pool)
     x = unit(80, name="conv2d_3b")(x, train)
-    x = unit(192, (3, 3), 1, (0, 0), name="conv2d_4a")(x, train)
-    x = max_pool(x)
+    x = unit(192, (3, 3), 1, (0, 0), name="conv2d_4a")(x, train, max_pool)
     x = Stem(unit, name="mixed_5b")(x, train)
     thirty_five = (
       ((32,),), ((32,), (32, (3, 3))), ((32,), (48, (3, 3)), (64, (3, 3))))

@@ -146,11 +146,9 @@ class InceptionV3(nn.Module):
     x = blocks.split(x, 4) if self.blocks else x
     x = unit(32, (3, 3), 2, (0, 0), name="Conv2d_1a_3x3")(x, train)
     x = unit(32, (3, 3), 1, (0, 0), name="Conv2d_2a_3x3")(x, train)
-    x = unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train)
-    x = max_pool(x)
+    x = unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train, max_pool)
     x = unit(80, name="Conv2d_3b_1x1")(x, train)
-    x = unit(192, (3, 3), 1, (0, 0), name="Conv2d_4a_3x3")(x, train)
-    x = max_pool(x)
+    x = unit(192, (3, 3), 1, (0, 0), name="Conv2d_4a_3x3")(x, train, max_pool)
     for name, features in (("b", 32), ("c", 64), ("d", 64)):
       x = InceptionA(unit, features, name=f"Mixed_5{name}")(x, train)
     x = InceptionB(unit, name="Mixed_6a")(x, train)
