@@ -18,13 +18,13 @@ import functools
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import rows
 from medattn_jax.errors import UserError
 from medattn_jax.programs import chips, traffic
 
@@ -50,7 +50,6 @@ class Program(NamedTuple):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
   parser.add_argument("--classifiers", default="linear,conv")
   parser.add_argument("--images", help="of the bank, with commas between")
   parser.add_argument("--image-size", type=int, help="pixels a side")
@@ -60,34 +59,29 @@ def main() -> None:
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--steps", type=int, help="of a round")
   parser.add_argument("--target", help="compile for a chip that is not here, and run nothing")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
-  for name, value in SIZES[flags.size].items():
-    if getattr(flags, name) is None:
-      setattr(flags, name, value)
+  flags = rows.parsed(parser, SIZES)
   if flags.target:
     try:
       flags.target = chips.target(flags.target)
     except UserError as error:
-      sys.exit(f"benchmarks.bank: {error}")
+      rows.stop("bank", error)
     if reason := chips.missing(flags.target):
-      sys.exit(f"benchmarks.bank: --target={flags.target.chip}: {reason}")
+      rows.stop("bank", f"--target={flags.target.chip}: {reason}")
     os.environ.update(chips.environment(flags.target))
-  rows = measure(flags)
+  found = measure(flags)
   if not flags.json:
-    print(table(rows))
-  for row in rows:
+    print(table(found))
+  for row in found:
     print(json.dumps(row, allow_nan=False))
   if flags.plot:
-    plot(rows, flags.plot)
+    plot(found, flags.plot)
 
 
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   from medattn_jax import bank, sharding
 
   mesh = sharding.mesh(chips.devices(flags.target) if flags.target else None)
-  without, rows = train_program(flags, mesh, None, None), []
+  without, found = train_program(flags, mesh, None, None), []
   for classifier in flags.classifiers.split(","):
     for count in map(int, flags.images.split(",")):
       held = bank.rows_of("bank", count, 1, 2, flags.batch)
@@ -99,17 +93,17 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
         whole = bank.fill(drawn, held, count, side, 1, mesh)
       programs = {"without": without, "step": train_program(flags, mesh, classifier, whole),
                   "map": map_program(flags, mesh, classifier, whole)}
-      rows.append({
+      found.append({
         "name": "bank", "classifier": classifier, "images": count,
         "config": {key: getattr(flags, key) for key in
                    ("image_size", "backbone", "batch", "hidden", "rounds", "steps")},
         "devices": mesh.size,
         "device": flags.target.chip if flags.target else mesh.devices.flat[0].device_kind,
         **figures(programs, held, flags, classifier, mesh.size)})
-  for row in rows:
+  for row in found:
     row["images_that_double_a_step"] = doubling(
-      [own for own in rows if own["classifier"] == row["classifier"]])
-  return rows
+      [own for own in found if own["classifier"] == row["classifier"]])
+  return found
 
 
 def figures(programs, held, flags, classifier, devices) -> dict[str, Any]:
@@ -145,9 +139,9 @@ def figures(programs, held, flags, classifier, devices) -> dict[str, Any]:
   return found
 
 
-def doubling(rows: Sequence[dict[str, Any]]) -> int | None:
+def doubling(found: Sequence[dict[str, Any]]) -> int | None:
   """At how many images the map takes as long as the step without it: by the largest bank's rate."""
-  last = max(rows, key=lambda row: row["images"])
+  last = max(found, key=lambda row: row["images"])
   return last["map_ms"] and round(last["images"] * last["without_ms"] / last["map_ms"])
 
 
@@ -259,9 +253,9 @@ def _read(compiled) -> Program:
   return Program(compiled, compiled.as_text(), None)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(found: Sequence[dict[str, Any]]) -> str:
   """The lines to read. Passes: how often the map's part reads the bank; floats: bytes, in banks."""
-  first = rows[0]
+  first = found[0]
   shown = lambda value, digits=2: "–" if value is None else f"{value:.{digits}f}"
   heads = ("images", "bank MiB", "step ms", "without", "ratio", "map ms", "passes", "floats",
            "memory +", "GFLOP")
@@ -269,7 +263,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   lines = [f"{first['devices']} × {first['device']}, {config['image_size']}² pixels, "
            f"{config['backbone']}, batch {config['batch']}",
            f"{'classifier':12}" + "".join(f"{head:>10}" for head in heads)]
-  for row in rows:
+  for row in found:
     cells = (f"{row['images']}", shown(row["bank_bytes"] / 2**20, 1), shown(row["step_ms"]),
              shown(row["without_ms"]), shown(row["ratio"]), shown(row["map_ms"]),
              shown(row["passes"]), shown(row["float_bytes_over_bank"], 1),
@@ -278,27 +272,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   lines.append("passes: reads of the bank by the map's part; floats and memory + (the step's "
                "temporaries over those without): in bank sizes")
   if first["map_ms"]:
-    for name in dict.fromkeys(row["classifier"] for row in rows):
-      twice = next(row for row in rows if row["classifier"] == name)["images_that_double_a_step"]
+    for name in dict.fromkeys(row["classifier"] for row in found):
+      twice = next(row for row in found if row["classifier"] == name)["images_that_double_a_step"]
       lines.append(f"{name}: the map takes as long as all else from about {twice} images on")
   return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+def plot(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Milliseconds a step by images of the bank; without times, memory by images."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  timed = rows[0]["step_ms"] is not None
+  timed = found[0]["step_ms"] is not None
   figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
-  for classifier in dict.fromkeys(row["classifier"] for row in rows):
-    own = [row for row in rows if row["classifier"] == classifier]
+  for classifier in dict.fromkeys(row["classifier"] for row in found):
+    own = [row for row in found if row["classifier"] == classifier]
     heights = [row["step_ms"] if timed else row["temporary_bytes"]["step"] / 2**20 for row in own]
     panel.plot([row["images"] for row in own], heights, "o-", label=f"bank-{classifier}")
   if timed:
-    panel.axhline(rows[0]["without_ms"], color="0.5", linestyle="--", label="without attention")
+    panel.axhline(found[0]["without_ms"], color="0.5", linestyle="--", label="without attention")
   panel.set(xscale="log", xlabel="images of the bank",
             ylabel="ms a step" if timed else "temporaries of a step, MiB")
   panel.set_ylim(bottom=0)

@@ -44,7 +44,6 @@ class Part(NamedTuple):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
   parser.add_argument("--model", help="demo, zoom_in_net or zoom_in_net_fast")
   parser.add_argument("--phase", default="c", help="m, a or c")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 but on a CPU")
@@ -53,12 +52,7 @@ def main() -> None:
   parser.add_argument("--devices", type=int, default=1)
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--steps", type=int, help="of a round")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
-  for name, value in SIZES[flags.size].items():
-    if getattr(flags, name) is None:
-      setattr(flags, name, value)
+  flags = rows.parsed(parser, SIZES)
   try:
     found = measure(flags)
   except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import statistics
@@ -14,6 +15,20 @@ def stop(benchmark: str, why: object) -> NoReturn:
   """One line on stderr, and the status of a user's error."""
   print(f"benchmarks.{benchmark}: error: {why}", file=sys.stderr)
   sys.exit(2)
+
+
+def parsed(
+  parser: argparse.ArgumentParser, sizes: Mapping[str, Mapping[str, Any]]
+) -> argparse.Namespace:
+  """The flags, --size, --plot and --json among them; one not given has its size's value."""
+  parser.add_argument("--size", choices=sizes, default="small", help="defaults of the others")
+  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
+  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
+  flags = parser.parse_args()
+  for name, value in sizes[flags.size].items():
+    if getattr(flags, name) is None:
+      setattr(flags, name, value)
+  return flags
 
 
 def row(

@@ -35,7 +35,6 @@ HOST = 8  # GPUs of a host
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
   parser.add_argument("--model", help="see benchmarks.step")
   parser.add_argument("--phase", help="the last by default")
   parser.add_argument("--devices", default="1,2,4,8", help="as many of these as there are")
@@ -47,12 +46,7 @@ def main() -> None:
   parser.add_argument("--most", type=int, default=256, help="chips of the model")
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--steps", type=int, help="of a round")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
-  for name, value in SIZES[flags.size].items():
-    if getattr(flags, name) is None:
-      setattr(flags, name, value)
+  flags = rows.parsed(parser, SIZES)
   try:
     wanted = chips.target(flags.chip)
     if wanted.sheet is None or wanted.topology:

@@ -35,7 +35,6 @@ SIZES = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
   parser.add_argument("--models", help="with commas between")
   parser.add_argument("--phases", default="m,a,c", help="of models that have them")
   parser.add_argument("--dtypes", help="float32, bfloat16; bfloat16 but on a CPU")
@@ -46,12 +45,7 @@ def main() -> None:
   parser.add_argument("--parallel", default="shard_map", help="shard_map, jit, pmap")
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--steps", type=int, help="of a round")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
-  for name, value in SIZES[flags.size].items():
-    if getattr(flags, name) is None:
-      setattr(flags, name, value)
+  flags = rows.parsed(parser, SIZES)
   from benchmarks import steps
 
   found = []

@@ -53,7 +53,6 @@ def main() -> None:
     serve(json.loads(sys.argv[2]))
     return
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", choices=SIZES, default="small", help="defaults of the others")
   parser.add_argument("--models", help="with commas between")
   parser.add_argument("--batch", type=int, help="patients of pairs, else images")
   parser.add_argument("--image-size", type=int, help="pixels a side")
@@ -65,12 +64,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--seconds", type=float, help="of a round, about")
   parser.add_argument("--check", action="store_true", help="exit with 1 where losses differ")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
-  for name, value in SIZES[flags.size].items():
-    if getattr(flags, name) is None:
-      setattr(flags, name, value)
+  flags = rows.parsed(parser, SIZES)
   if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
     rows.stop("versus_torch", f"{', '.join(missing)} would have to be installed; accepted: "
               "pip install 'medattn_jax[parity]'")
