@@ -328,7 +328,8 @@ def conv_bn(
     return norm(conv(x), train)
   kernel, _ = conv.weights(x.channels if isinstance(x, Blocks) else x.shape[-1])
   held = norm.values(conv.features)
-  sign, scale = jnp.where(held.scale < 0, -1.0, 1.0), jnp.abs(held.scale)
+  sign = jnp.where(held.scale < 0, -1.0, 1.0)
+  scale = held.scale * sign  # and not abs: at zero that has no slope
   x = conv.convolve(x, kernel * sign)
   y = pool(x)
   if not train:
