@@ -17,11 +17,6 @@ def max_pool(x: Float[Array, "b h w c"] | Blocks) -> Float[Array, "b h2 w2 c"]:
   return blocks.max_pool(x) if isinstance(x, Blocks) else nn.max_pool(x, (3, 3), (2, 2))
 
 
-def padded_max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-  """Maximum of 3×3 windows at stride 2, one row and column beyond each edge included."""
-  return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-
-
 def ceil_max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
   """Maximum of size×size windows at stride 2; a ragged last row or column has a window too."""
   ragged = [(0, (size - side) % 2) for side in x.shape[1:3]]

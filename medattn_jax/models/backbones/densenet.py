@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Key
 
 from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
-from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn
-from medattn_jax.models.pooling import padded_max_pool
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 
 
 class DenseLayer(nn.Module):
@@ -89,9 +88,10 @@ class DenseNet(nn.Module):
     norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
-    first = (conv(2 * self.growth, (size, size), stride, name="features-conv0"),
-             norm(name="features-norm0"))
-    x = nn.relu(conv_bn(*first, x, train, None if small else padded_max_pool))
+    x = conv(2 * self.growth, (size, size), stride, name="features-conv0")(x)
+    x = nn.relu(norm(name="features-norm0")(x, train))
+    if not small:
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     x = stage("stem", x)
     for number, layers in enumerate(self.blocks, 1):
       block = f"denseblock{number}"

@@ -121,8 +121,9 @@ class GoogLeNet(nn.Module):
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
     x = x.astype(self.dtype)
-    pool = None if small else functools.partial(ceil_max_pool, size=3)
-    x = unit(64, (size, size), stride, name="conv1")(x, train, pool)
+    x = unit(64, (size, size), stride, name="conv1")(x, train)
+    if not small:
+      x = ceil_max_pool(x, 3)
     x = unit(64, name="conv2")(x, train)
     x = unit(192, (3, 3), name="conv3")(x, train)
 

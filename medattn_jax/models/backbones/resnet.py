@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Key
 
 from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
-from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn
-from medattn_jax.models.pooling import padded_max_pool
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 
 
 class Residual(nn.Module):
@@ -84,8 +83,10 @@ class ResNet(nn.Module):
     norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
-    first = conv(64, (size, size), stride, name="conv1"), norm(name="bn1")
-    x = nn.relu(conv_bn(*first, x, train, None if small else padded_max_pool))
+    x = conv(64, (size, size), stride, name="conv1")(x)
+    x = nn.relu(norm(name="bn1")(x, train))
+    if not small:
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     x = stage("stem", x)
     for number, blocks in enumerate(self.blocks, 1):
       width = 32 << number
