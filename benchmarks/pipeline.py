@@ -32,7 +32,6 @@ SIZES = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", choices=SIZES, default="full", help="defaults of the others")
   parser.add_argument("--image-size", type=int, help="pixels a side")
   parser.add_argument("--patients", type=int)
   parser.add_argument("--batch", type=int, default=4, help="patients of a batch")
@@ -42,12 +41,7 @@ def main() -> None:
   parser.add_argument("--device-rate", type=float, help="images a second of an accelerator")
   parser.add_argument("--data-dir", help="where the drawn set is kept; a temporary folder else")
   parser.add_argument("--data", help="a prepared set to read instead: its folder, of --image-size")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON line alone")
-  flags = parser.parse_args()
-  for name, value in SIZES[flags.size].items():
-    if getattr(flags, name) is None:
-      setattr(flags, name, value)
+  flags = rows.parsed(parser, SIZES)
   if flags.device_rate is not None and not flags.device_rate > 0:
     rows.stop("pipeline", f"--device-rate={flags.device_rate:g}; accepted: a number above zero")
   with tempfile.TemporaryDirectory() as scratch:
