@@ -236,8 +236,8 @@ def _classifier(backbone: str) -> Page:
   return Page(
     seed=0, precision="bfloat16",
     model=Page(
-      name="global_attention", backbone=backbone, init_from="", stem="full", attend="input",
-      num_classes=5, mean=(0.5,) * 3, std=(0.25,) * 3),
+      name="global_attention", backbone=backbone, init_from="", stem="full", width=1.0,
+      attend="input", num_classes=5, mean=(0.5,) * 3, std=(0.25,) * 3),
     attention=Page(source="none"), norm=Page(group_size=32, momentum=0.9),
     data=Page(_data(size, size, 32, 0) | {"channels": 3}), augment=_augment(), loss=_loss(0.0),
     phases=Page({name: _phase(100, "sgd", 1e-3, "constant") for name in ("joint", "frozen")}),

@@ -165,6 +165,7 @@ GLOBAL_ATTENTION = {
         "backbone": TEXT,
         "init_from": FOLDER,
         "stem": one_of("full", "small"),
+        "width": number(0.01, 4),
         "attend": TEXT,
         "num_classes": CLASSES,
         "mean": numbers(3),
@@ -194,7 +195,7 @@ MODELS = {
     "zoom_in_net": ZOOM_IN_NET, "m_net": ZOOM_IN_NET, "global_attention": GLOBAL_ATTENTION}
 
 # Keys of MODELS that came when there were runs already: by these values those go on as they did.
-LATER = {"model.init_from": "", "data.frame": "whole"}
+LATER = {"model.init_from": "", "model.width": 1.0, "data.frame": "whole"}
 
 
 def load_page(

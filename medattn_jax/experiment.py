@@ -334,12 +334,12 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
 
 def _check_attention(config: ml_collections.ConfigDict) -> None:
   model, data = config.model, config.data
-  plain = config.attention.source == "none" and model.stem == "full"
+  plain = config.attention.source == "none" and model.stem == "full" and model.width == 1
   if model.backbone not in models.attending() and not plain:
     raise UserError(
-        f"model.backbone = {model.backbone}: has no named stages and stems; accepted for "
+        f"model.backbone = {model.backbone}: has no named stages, stems and widths; accepted for "
         f"model.name = global_attention: {', '.join(models.attending())}; any backbone with "
-        "attention.source = none and model.stem = full"
+        "attention.source = none, model.stem = full and model.width = 1"
     )
   stages = models.attending().get(model.backbone, ())
   if model.attend != "input" and model.attend not in stages:

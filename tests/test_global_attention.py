@@ -226,6 +226,8 @@ def test_geometry_comes_after_the_map_and_light_before_it():
 @pytest.mark.parametrize("overrides, said", [
   ({"model.backbone": "inception_v3", "data.full_size": 96, "data.image_size": 96},
    "has no named stages"),
+  ({"model.backbone": "inception_v3", "model.width": 0.5, "model.stem": "full",
+    "attention.source": "none", "data.full_size": 96, "data.image_size": 96}, "model.width = 1"),
   ({"model.attend": "layer9"}, "accepted for cnn: input, layer1"),
   ({"data.full_size": 32}, "the map weighs the images as they are stored"),
   ({"attention.source": "batch", "phases.joint.accumulation": 2}, "one batch's; accepted: 1")])

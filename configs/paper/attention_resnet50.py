@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.backbone = "resnet50"
   config.model.init_from = ""
   config.model.stem = "full"
+  config.model.width = 1.0
   config.model.attend = "input"
   config.model.num_classes = 2
   config.model.mean = (0.5, 0.5, 0.5)

@@ -120,7 +120,7 @@ def _global_attention(config: Any) -> nn.Module:
   backbone = _named("model.backbone", model.backbone, BACKBONES)
   options = {"aux": True} if model.backbone in AUXILIARY else {}
   if model.backbone in attending():
-    options["stem"] = model.stem
+    options |= {"stem": model.stem, "width": model.width}
   return GlobalAttention(
     backbone=functools.partial(backbone, **options),
     num_classes=model.num_classes, attends=config.attention.source != "none",

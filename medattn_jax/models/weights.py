@@ -179,9 +179,10 @@ def _of_page(config: Any, key: str) -> Weights:
   if weights.model != model[backbone]:
     raise UserError(f"{key} = {folder}: weights of {weights.model} where model.{backbone} = "
                     f"{model[backbone]}; accepted: weights of that")
-  if model.get("stem", "full") != "full":
-    raise UserError(f"{key} = {folder} with model.stem = {model.stem}: published weights have the "
-                    "full one; accepted: model.stem = full, or no weights")
+  for kind, published in (("stem", "full"), ("width", 1)):
+    if model.get(kind, published) != published:
+      raise UserError(f"{key} = {folder} with model.{kind} = {model[kind]}: published weights have "
+                      f"{published}; accepted: model.{kind} = {published}, or no weights")
   pairs = zip((*model.mean, *model.std), (*weights.mean, *weights.std), strict=True)
   if not all(math.isclose(ours, theirs, abs_tol=1e-6) for ours, theirs in pairs):
     shown = lambda values: "(" + ", ".join(f"{x:g}" for x in values) + ")"

@@ -52,6 +52,23 @@ def test_the_small_stem(name):
     assert logits.dtype == out["pooled"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", SIDES)
+def test_a_share_of_the_width(name):
+  """Every layer has that share of its channels, and no layer is gone; the head's classes stay."""
+  options = {"aux": True} if name == "googlenet" else {}
+  whole, half = (
+    jax.eval_shape(models.backbone(name, 3, width=width, **options, **SHORT.get(name, {})).init,
+                   jax.random.key(0), shape(64))["params"] for width in (1.0, 0.5))
+  assert jax.tree.structure(whole) == jax.tree.structure(half)
+  for path, wide in jax.tree.leaves_with_path(whole):
+    narrow = half
+    for key in path:
+      narrow = narrow[key.key]
+    wide, narrow = np.array(wide.shape), np.array(narrow.shape)
+    same = (wide <= 7) | (wide == narrow) & (wide == 3)  # windows, the image's channels, classes
+    assert np.all(same | (narrow * 2 == wide)), path
+
+
 def test_an_unknown_stem_is_refused():
   with pytest.raises(UserError, match="'tiny': one of full, small"):
     models.backbone("resnet18", stem="tiny").init(jax.random.key(0), shape(32))

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from medattn_jax.models.backbones.stages import scaled
 from medattn_jax.models.norm import Array, ConvBN
 
 
@@ -28,6 +29,7 @@ class CNN(nn.Module):
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
     stem: "small"; "full", for larger images, has a first stride of 4.
     widths: channels of the layers.
+    width: share of them that each layer has.
     group_size, momentum: of the normalisation.
   """
 
@@ -36,6 +38,7 @@ class CNN(nn.Module):
   num_classes: int | None = None
   stem: str = "full"
   widths: tuple[int, ...] = (16, 32, 64)
+  width: float = 1.0
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -56,6 +59,7 @@ class CNN(nn.Module):
     for number, (name, width) in enumerate(zip(self.STAGES, self.widths, strict=True)):
       if number:
         x = halved(x)
+      width = scaled(width, self.width)
       stride = 4 if self.stem == "full" and not number else 1
       x = unit(width, (3, 3), stride, name=name)(x, train)
       if stage is not None:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
-from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
+from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 
 
@@ -57,6 +57,7 @@ class DenseNet(nn.Module):
     blocks: layers of each dense block.
     growth: features that a layer adds.
     stem: "full", as published; "small", for 28 to 64 pixels: 3×3 at stride 1, no pool.
+    width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
   """
 
@@ -67,6 +68,7 @@ class DenseNet(nn.Module):
   blocks: tuple[int, ...] = (6, 12, 24, 16)
   growth: int = 32
   stem: str = "full"
+  width: float = 1.0
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -88,7 +90,8 @@ class DenseNet(nn.Module):
     norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
-    x = conv(2 * self.growth, (size, size), stride, name="features-conv0")(x)
+    growth = scaled(self.growth, self.width)
+    x = conv(2 * growth, (size, size), stride, name="features-conv0")(x)
     x = nn.relu(norm(name="features-norm0")(x, train))
     if not small:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -96,7 +99,7 @@ class DenseNet(nn.Module):
     for number, layers in enumerate(self.blocks, 1):
       block = f"denseblock{number}"
       for i in range(1, layers + 1):
-        layer = DenseLayer(conv, norm, self.growth, name=f"features-{block}-denselayer{i}")
+        layer = DenseLayer(conv, norm, growth, name=f"features-{block}-denselayer{i}")
         x = jnp.concatenate([x, layer(x, train)], -1)
       if number < len(self.blocks):
         x = stage(block, x)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
-from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
+from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
 from medattn_jax.models.norm import Array, ConvBN, kernel_init
 from medattn_jax.models.pooling import adaptive_average, ceil_max_pool
@@ -67,14 +68,16 @@ class Auxiliary(nn.Module):
   unit: Callable
   num_classes: int
   dtype: Any
+  width: float = 1.0
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b h w c"], train: bool, chance: Key[Array, " b"] | None, place: int,
   ) -> Float[Array, "b classes"]:
     """`chance`, `place`: of the dropout. The logits are float32."""
-    x = self.unit(128, name="conv")(adaptive_average(x, 4), train)
-    dense = nn.Dense(1024, dtype=self.dtype, kernel_init=kernel_init, name="fc1")
+    x = self.unit(scaled(128, self.width), name="conv")(adaptive_average(x, 4), train)
+    dense = nn.Dense(
+      scaled(1024, self.width), dtype=self.dtype, kernel_init=kernel_init, name="fc1")
     x = nn.relu(dense(x.reshape(x.shape[0], -1)))
     x = dropout(x, 0.7, chance, place)
     return nn.Dense(self.num_classes, name="fc2")(x.astype(jnp.float32))
@@ -88,6 +91,7 @@ class GoogLeNet(nn.Module):
     aux: with num_classes, has two auxiliary heads.
     stem: "full", as published; "small", for 28 to 64 pixels: begins with 3×3 at stride 1, without
       the first pool.
+    width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
   """
 
@@ -96,6 +100,7 @@ class GoogLeNet(nn.Module):
   num_classes: int | None = None
   aux: bool = False
   stem: str = "full"
+  width: float = 1.0
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -121,20 +126,21 @@ class GoogLeNet(nn.Module):
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
     x = x.astype(self.dtype)
-    x = unit(64, (size, size), stride, name="conv1")(x, train)
+    of = functools.partial(scaled, width=self.width)
+    x = unit(of(64), (size, size), stride, name="conv1")(x, train)
     if not small:
       x = ceil_max_pool(x, 3)
-    x = unit(64, name="conv2")(x, train)
-    x = unit(192, (3, 3), name="conv3")(x, train)
+    x = unit(of(64), name="conv2")(x, train)
+    x = unit(of(192), (3, 3), name="conv3")(x, train)
 
     auxiliary = {}
     for name in self.STAGES:
       if name in BLOCKS:
-        x = Inception(unit, BLOCKS[name], name=name)(x, train)
+        x = Inception(unit, jax.tree.map(of, BLOCKS[name]), name=name)(x, train)
       x = stage(name, x)
       if name in AUXILIARY and self._has_auxiliary(train):
         head = AUXILIARY[name]
-        auxiliary[head] = Auxiliary(unit, self.num_classes, self.dtype, name=head)(
+        auxiliary[head] = Auxiliary(unit, self.num_classes, self.dtype, self.width, name=head)(
           x, train, chance, 1 + len(auxiliary))
       if name in POOLS:
         x = ceil_max_pool(x, POOLS[name])

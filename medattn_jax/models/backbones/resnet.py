@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
-from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
+from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 
 
@@ -53,6 +53,7 @@ class ResNet(nn.Module):
     blocks: of each of the four layers.
     bottleneck: blocks of 1×1, 3×3, 1×1 convolutions, instead of two 3×3.
     stem: "full", as published; "small", for 28 to 64 pixels: 3×3 at stride 1, no pool.
+    width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
   """
 
@@ -62,6 +63,7 @@ class ResNet(nn.Module):
   blocks: tuple[int, ...] = (2, 2, 2, 2)
   bottleneck: bool = False
   stem: str = "full"
+  width: float = 1.0
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -83,13 +85,13 @@ class ResNet(nn.Module):
     norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
-    x = conv(64, (size, size), stride, name="conv1")(x)
+    x = conv(scaled(64, self.width), (size, size), stride, name="conv1")(x)
     x = nn.relu(norm(name="bn1")(x, train))
     if not small:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     x = stage("stem", x)
     for number, blocks in enumerate(self.blocks, 1):
-      width = 32 << number
+      width = scaled(32 << number, self.width)
       for block in range(blocks):
         stride = 2 if number > 1 and not block else 1
         layers = ((width, 3, stride), (width, 3, 1))

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from medattn_jax.models.backbones.stages import scaled
 from medattn_jax.models.norm import Array, ConvBN
 
 
@@ -40,6 +41,7 @@ class ResNetSmall(nn.Module):
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
     stem: "full" or "small".
     widths, blocks: channels and residual blocks of each stage.
+    width: share of the channels that each layer has.
     group_size, momentum: of the normalisation.
   """
 
@@ -49,6 +51,7 @@ class ResNetSmall(nn.Module):
   stem: str = "full"
   widths: tuple[int, ...] = (32, 64, 128)
   blocks: tuple[int, ...] = (0, 1, 1)
+  width: float = 1.0
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -68,6 +71,7 @@ class ResNetSmall(nn.Module):
     x = x.astype(self.dtype)
     first = 2 if self.stem == "small" else 4
     for number, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+      width = scaled(width, self.width)
       x = space_to_depth(x, 2 if number else first)
       x = unit(width, name=f"down{number}")(x, train)
       for block in range(blocks):

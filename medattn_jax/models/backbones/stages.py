@@ -1,4 +1,5 @@
-"""What the backbones published for 224² have in common here: two stems, stages that are stops."""
+"""What the backbones published for 224² have in common here: two stems, stages that are stops,
+any share of the published channels."""
 
 from __future__ import annotations
 
@@ -17,6 +18,11 @@ def unchanged(name: str, x: Array) -> Array:
   """The stage function of a network that nobody looks into."""
   del name
   return x
+
+
+def scaled(channels: int, width: float) -> int:
+  """So many published channels at a share `width` of them; one at least."""
+  return max(1, round(channels * width))
 
 
 def is_small(stem: str) -> bool:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
-from medattn_jax.models.backbones.stages import Stage, is_small, unchanged
+from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 from medattn_jax.models.pooling import adaptive_average
@@ -32,6 +32,7 @@ class VGG16(nn.Module):
       of the features.
     stem: "full", as published; "small", for 28 to 64 pixels: the first pool and the two dense
       layers are left out.
+    width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
   """
 
@@ -41,6 +42,7 @@ class VGG16(nn.Module):
   norm: bool = False
   hidden: int | None = 4096
   stem: str = "full"
+  width: float = 1.0
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
@@ -62,6 +64,7 @@ class VGG16(nn.Module):
     small = is_small(self.stem)
     number = 0
     for block, (features, layers) in zip(self.STAGES, BLOCKS, strict=True):
+      features = scaled(features, self.width)
       for _ in range(layers):
         conv = Conv(features, (3, 3), use_bias=True, dtype=self.dtype, name=f"features-{number}")
         x = conv(x)
@@ -83,7 +86,8 @@ class VGG16(nn.Module):
       for place, name in enumerate(("classifier-0", "classifier-3")):
         # Not norm.kernel_init, which draws up to four times the first kernel's hundred million.
         dense = nn.Dense(
-          self.hidden, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=name)
+          scaled(self.hidden, self.width), dtype=self.dtype,
+          kernel_init=nn.initializers.he_normal(), name=name)
         pooled = nn.relu(dense(y))
         y = dropout(pooled, 0.5, chance, place)
       y, pooled = y.astype(jnp.float32), pooled.astype(jnp.float32)
