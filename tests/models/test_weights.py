@@ -139,7 +139,8 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
 @pytest.mark.parametrize(("override", "words"), [
   (("model.backbone", "resnet50"), "weights of resnet18 where model.backbone = resnet50"),
   (("model.backbone", "cnn"), "weights of resnet18 where model.backbone = cnn"),
-  (("model.stem", "small"), "model.stem = small: published weights have the full one"),
+  (("model.stem", "small"), "model.stem = small: published weights have full"),
+  (("model.width", "0.5"), "model.width = 0.5: published weights have 1"),
   (("model.mean", "(0.5, 0.5, 0.5)"), r"mean \(0.485, 0.456, 0.406\).*model.mean = \(0.5, 0.5, "
    r"0.5\).*accepted: --config.model.mean='\(0.485, 0.456, 0.406\)'"),
   (("model.std", "(0.229, 0.224, 0.226)"), r"model.std = \(0.229, 0.224, 0.226\)"),
