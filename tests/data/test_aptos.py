@@ -95,7 +95,7 @@ def test_a_set_is_made_and_made_once(split_again, data, capsys, read, rejected_o
                        (CODES[11], "is missing (train_1.csv line 11)"),
                        ("train_1.csv line 12", "has 3 cells where the header has 2")):
     assert reason in rejected.pop(name)
-  assert not rejected and "1 lines repeat an image" in capsys.readouterr().err
+  assert not rejected and "1 rows repeat an image" in capsys.readouterr().err
   assert read(data, "aptos", "train")[2] == [CODES[2], CODES[4], CODES[5]]
   module.prepare("aptos", folder.parent, data, full_size=48, workers=1)
   assert "nothing to do" in capsys.readouterr().err and len(rejected_of(data)) == 6

@@ -76,7 +76,7 @@ def test_much_that_is_rejected_is_counted(camera, capsys):
   module.check("csv", camera.folder, workers=1)
   out = capsys.readouterr().out.splitlines()
   assert "51 rejected" not in out and "50 rejected" in out
-  assert sum(line.endswith(")") and "is missing (line" in line for line in out) == 20
+  assert sum(line.endswith(")") and "is missing (labels.csv line" in line for line in out) == 20
   assert out[-1] == "  and 30 more: is missing"
 
 

@@ -152,7 +152,7 @@ def test_what_is_bad_is_named_and_costs_no_good_one(repository):
   kept = {p.image_id: (p.eye, p.level) for p in found.photographs if p.patient == "1"}
   assert kept == {"1_r1": ("right", 2), "1_r2": ("right", 2)}
   reasons = dict(found.rejected)
-  for name, reason in (("1_l1", "has level 5: not to be graded"), ("1_l2", "has an empty level"),
+  for name, reason in (("1_l1", "is graded 5: not to be graded"), ("1_l2", "has an empty level"),
                        ("2_l1", f"is missing ({TRAINING}.csv line 14)"),
                        (f"{TRAINING}.csv line 15", "names no image"),
                        ("scan", "has a level of both eyes and a name that says neither"),

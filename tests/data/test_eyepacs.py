@@ -58,7 +58,7 @@ def test_both_halves(raw, camera):
   assert (found["13_right"].patient, found["13_right"].eye) == ("13", "right")
   assert found["10_left"].path == (raw / "train" / "10_left.jpeg").resolve()
   rejected = dict(labelled.rejected)
-  assert rejected.pop("3_left") == "is missing (line 6 of retinopathy_solution.csv)"
+  assert rejected.pop("3_left") == "is missing (retinopathy_solution.csv line 6)"
   assert rejected.pop("train/99_left.jpeg") == "has no label in trainLabels.csv" and not rejected
   assert any("sample/" in note for note in labelled.notes)
   assert "5 train, 2 validation, 2 test" in labelled.splits[0]
@@ -114,7 +114,7 @@ def test_rows_of_no_use_cost_themselves_alone(raw):
     sheet.write("4_left,1,Hidden\n")
   labelled = read(raw)
   rejected = dict(labelled.rejected)
-  assert "labelled more than once and differently (line 4 of trainLabels.csv: level 4; line 8" in (
+  assert "more than once and differently (trainLabels.csv line 4: level 4; trainLabels.csv" in (
     rejected.pop("13_left"))
   assert "outside" in rejected.pop("../10_left") and "0-4" in rejected.pop("16_left")
   assert "names no image" in rejected.pop("trainLabels.csv line 12")

@@ -184,8 +184,8 @@ def test_entries_that_lead_outside_and_bad_rows_cost_themselves_alone(raw, tiffs
     ("Base12.zip", "no zip archive"), ("Base13/../20060523_43174_0100_PP.tif", "leads outside"),
     ("Base13/20060523_00001_0100_PP.tif", "has no row"),
     ("20060523_00002_0100_PP.tif", "is missing"), ("../20051020_43808_0100_PP.tif", "a path"),
-    ("20060523_48477_0100_PP.tif", "grade '4': 0-3 are accepted"),
-    ("20051020_43808_0100_PP.tif", "is missing (line 7 of Annotation_Base13.csv)"),
+    ("20060523_48477_0100_PP.tif", "level '4': 0-3 are accepted"),
+    ("20051020_43808_0100_PP.tif", "is missing (Annotation_Base13.csv line 7)"),
   ):  # fmt: skip
     assert reason in reasons[name]
 

@@ -55,7 +55,7 @@ def test_pairs_are_patients_and_cases_are_forgiven(raw):
   ]
   assert found["IM000023.jpg"].path.name == "IM000023.JPG"
   assert labelled.rejected == [
-    ("IM002385.jpg", "is not gradable (adjudicated_gradable 0) (line 6 of messidor_data.csv)")
+    ("IM002385.jpg", "is not gradable (adjudicated_gradable 0) (messidor_data.csv line 6)")
   ]
   assert "all 5 photographs are the test split" in labelled.splits[0]
 
@@ -85,7 +85,7 @@ def test_what_is_of_no_use_is_named(raw, camera):
   for name, reason in (
     ("20051020_43832_0100_PP.png", "in more than one pair of messidor-2.csv (lines 2, 5)"),
     ("IM000023.jpg", "lines 3, 5"), ("IM000024.jpg", "is missing"), ("IM002385.jpg", "gradable"),
-    ("IM002386.jpg", "has no grade"), ("../x.jpg", "outside"),
+    ("IM002386.jpg", "has an empty level"), ("../x.jpg", "outside"),
     ("IMAGES/IM009999.JPG", "has no row in messidor_data.csv"),
   ):  # fmt: skip
     assert reason in reasons.pop(name)

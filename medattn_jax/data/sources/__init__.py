@@ -20,6 +20,8 @@ from medattn_jax.data import preprocess, schema
 from medattn_jax.errors import UserError
 
 FRACTIONS = (("train", 0.7), ("validation", 0.1), ("test", 0.2))
+DEPTH = 3  # a download often lies a folder or two below the one it was unpacked into
+MAX_FOLDERS = 2000
 
 
 @dataclasses.dataclass
@@ -29,7 +31,7 @@ class Photograph:
   image_id: str
   path: pathlib.Path
   level: int
-  patient: str
+  patient: str  # "" until assign_splits for one of its own
   eye: str  # "left", "right" or ""
   split: str  # "" until assign_splits
   entry: str = ""  # the picture's name within `path`, where that is a zip archive
@@ -125,9 +127,43 @@ def find_file(place: pathlib.Path, fits: Callable[[str], bool], what: str) -> Ra
     raise UserError(f"{place / names[0]} {error}; accepted: {what}") from None
 
 
+def find_folder(
+  place: pathlib.Path, fits: Callable[[pathlib.Path], bool], what: str
+) -> pathlib.Path | None:
+  """`place`, or the one folder below it, not far down, that `fits`; None where there is none.
+
+  Raises UserError, with the words `what` is accepted, where several fit that lie equally deep.
+  """
+  level = [place]
+  for _ in range(DEPTH + 1):
+    found = [folder for folder in level if fits(folder)]
+    if len(found) > 1:
+      names = ", ".join(str(folder) for folder in found[:3])
+      raise UserError(f"--input={place} holds {len(found)} such folders, {names}; accepted: {what}")
+    if found:
+      return found[0]
+    level = [inner for folder in level for inner in _folders(folder)][:MAX_FOLDERS]
+  return None
+
+
+def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
+  try:
+    with os.scandir(folder) as entries:
+      names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+  except OSError:  # what cannot be listed holds nothing that is found
+    return []
+  return [folder / name for name in names]
+
+
+def has(folder: pathlib.Path, *names: str) -> bool:
+  """Whether one of these is in the folder, be it a link to nothing."""
+  return any(os.path.lexists(folder / name) for name in names)
+
+
 def assign_splits(photographs: Iterable[Photograph], seed: int, sheet: str) -> list[str]:
   """Gives every photograph without a split its patient's: stated elsewhere, or drawn.
 
+  One without a patient becomes a patient of its own.
   Drawn from (seed, patient), 70 % train, 10 % validation, 20 % test. Where no split at all is
   stated and a draw left one empty, single patients are moved so that few patients fill all three.
 
@@ -138,6 +174,8 @@ def assign_splits(photographs: Iterable[Photograph], seed: int, sheet: str) -> l
     UserError: a patient with two stated splits.
   """
   photographs = list(photographs)
+  for photograph in photographs:
+    photograph.patient = photograph.patient or photograph.image_id
   stated: dict[str, set[str]] = {}
   for photograph in photographs:
     stated.setdefault(photograph.patient, set()).update({photograph.split} - {""})

@@ -9,10 +9,10 @@ test.csv, all with labels, and their pictures below train_images/, val_images/ a
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from medattn_jax.data import sources
-from medattn_jax.data.sources import listed, sheets
+from medattn_jax.data.sources import labels, pictures, sheets
 from medattn_jax.errors import UserError
 
 IMAGE, LEVEL = "id_code", "diagnosis"
@@ -31,44 +31,40 @@ def read(place: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) ->
 
   Raises UserError where a list as a whole cannot be used. A line that cannot is in `rejected`.
   """
-  root = listed.folder_with(place, lambda f: listed.has(f, *PARTS["train"][0]), WHAT)
+  root = sources.find_folder(place, lambda f: sources.has(f, *PARTS["train"][0]), WHAT)
   if root is None:
     raise UserError(f"--input={place} has no train.csv; accepted: {WHAT}")
   notes = ["no patients are named: every photograph is taken as a patient of its own"]
-  tables, folders = {}, []
-  for split, (names, pictures) in PARTS.items():
-    there = [name for name in names if listed.has(root, name)]
-    folder = listed.Folder(root, pictures, skip)
+  tables, parts = {}, []
+  for split, (names, part) in PARTS.items():
+    there = [name for name in names if sources.has(root, name)]
+    files = pictures.Pictures(root, skip, part)
     if there:
-      header, rows = _table(root, there[0])
-      why = f"has no label in {there[0]}"
+      sheet = root / there[0]
+      header, rows = sheets.read(sheet, root, (IMAGE,), WHAT, (LEVEL,))
+      why = f"has no label in {sheet.name}"
       if LEVEL in header:
-        tables[split] = (there[0], folder, header, rows)
+        tables[split] = (sheet, files, header, rows)
       elif split == "test":
-        why = f"has no label: {there[0]} has no column {LEVEL}"
-        notes.append(f"{there[0]} has no labels (no column {LEVEL}): its photographs are not used")
+        why = f"has no label: {sheet.name} has no column {LEVEL}"
+        notes.append(f"{sheet.name} has no labels (no column {LEVEL}): its photographs are not "
+                     "used")
       else:
-        raise UserError(f"{root / there[0]} has no column {LEVEL}; accepted: {WHAT}")
-      notes += [f"{name} is not read: {there[0]} is" for name in there[1:]]
+        raise UserError(f"{sheet} has no column {LEVEL}; accepted: {WHAT}")
+      notes += [f"{name} is not read: {sheet.name} is" for name in there[1:]]
     else:
       why = f"has no label: there is no {names[0]}"
-    folders.append((folder, why))
+    parts.append((files, why))
   if len(tables) > 1:
     missing = [split for split in PARTS if split not in tables]
     notes += [f"there is no {PARTS[split][0][0]}: no {split} split" for split in missing]
-  lines = _lines(tables, len(tables) > 1, notes)
-  return listed.labelled(lines, folders, notes, seed, str(root))
-
-
-def _table(root: pathlib.Path, name: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-  sheet = root / name
-  text, _ = sheets.text(sheets.content(sheet, root, WHAT), sheet)
-  header, rows, _ = sheets.table(text, sheet, (IMAGE,), (LEVEL,), WHAT)
-  return header, rows
-
-
-def _lines(tables: dict, stated: bool, notes: list[str]) -> Iterator[listed.Line]:
-  for split, (name, folder, header, rows) in tables.items():
-    for where, cells, fault in listed.rows_of(folder.root / name, header, rows, notes):
-      state = split if stated else ""
-      yield listed.Line(where, cells[IMAGE], cells[LEVEL], state, folder, fault=fault)
+  found, rejected = [], []
+  for split, (sheet, files, header, rows) in tables.items():
+    state = split if len(tables) > 1 else ""
+    make = lambda cells, files=files, state=state: sources.Photograph(
+      cells[IMAGE], files.find(cells[IMAGE]), labels.level(cells[LEVEL]), "", "", state)
+    some, bad = labels.collect(sheet, header, rows, IMAGE, make, notes)
+    found += some
+    rejected += bad
+  photographs, bad = labels.once(found, root, notes)
+  return labels.labelled(photographs, rejected + bad, parts, notes, seed, root)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 from medattn_jax.data import sources
-from medattn_jax.data.sources import listed, sheets
+from medattn_jax.data.sources import labels, pictures, sheets
 from medattn_jax.errors import UserError
 
 GRADING = "DR_grading"
@@ -21,6 +21,7 @@ SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # NAME.txt b
 SHEET, IMAGE, LEVEL = f"{GRADING}.csv", "id_code", "diagnosis"
 WHAT = (f"a folder {GRADING} with train.txt, valid.txt, test.txt and the folders train, valid, "
         f"test; or {SHEET} ({IMAGE},{LEVEL}) beside a folder {GRADING}")
+UNGRADABLE = 5
 _LINE = re.compile(r"(\S.*?)\s+(\S+)")
 
 
@@ -31,66 +32,54 @@ def read(place: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) ->
   that cannot be graded, is in `rejected`.
   """
   # The parts for segmentation and detection, beside the one for grading, have folders like these.
-  root = listed.folder_with(
-    place, lambda f: listed.has(f, "train.txt") and f.name in (place.name, GRADING), WHAT)
+  root = sources.find_folder(
+    place, lambda f: sources.has(f, "train.txt") and f.name in (place.name, GRADING), WHAT)
   notes = ["no patients are named: every photograph is taken as a patient of its own"]
+  tables, parts, rejected = [], [], []
   if root is not None:
-    lines, folders = _of_lists(root, skip, notes)
+    for split, name in SPLITS.items():
+      sheet, files = root / f"{name}.txt", pictures.Pictures(root, skip, name)
+      if sources.has(root, sheet.name):
+        why = f"has no label in {sheet.name}"
+        tables.append((sheet, (IMAGE, LEVEL), _rows(sheet, rejected), files, split))
+      else:
+        why = f"has no label: there is no {sheet.name}"
+        notes.append(f"there is no {sheet.name}: no {split} split")
+      parts.append((files, why))
   else:
-    root = listed.folder_with(place, lambda f: listed.has(f, SHEET), WHAT)
+    root = sources.find_folder(place, lambda f: sources.has(f, SHEET), WHAT)
     if root is None:
       raise UserError(f"--input={place} has neither {GRADING}/train.txt nor {SHEET}; accepted: "
                       f"{WHAT}")
-    lines, folders = _of_sheet(root, skip, notes)
-  ungradable = sum(line.fault.startswith("is graded 5") for line in lines)
+    sheet, files = root / SHEET, pictures.Pictures(root, skip, GRADING)
+    tables.append((sheet, *sheets.read(sheet, root, (IMAGE, LEVEL), WHAT), files, ""))
+    notes.append(f"{SHEET} states no splits: a patient with several photographs may be in several")
+    parts.append((files, f"has no label in {SHEET}"))
+  found = []
+  for sheet, header, rows, files, split in tables:
+    make = lambda cells, files=files, split=split: sources.Photograph(
+      cells[IMAGE], files.find(cells[IMAGE]), labels.level(cells[LEVEL], ungradable=UNGRADABLE),
+      "", "", split)
+    some, bad = labels.collect(sheet, header, rows, IMAGE, make, notes)
+    found += some
+    rejected += bad
+  ungradable = sum(f"is graded {UNGRADABLE}" in why for _, why in rejected)
   if ungradable:
-    notes.append(f"{ungradable} photographs are graded 5 (not to be graded) and are left out")
-  return listed.labelled(lines, folders, notes, seed, str(root))
+    notes.append(f"{ungradable} photographs are graded {UNGRADABLE} (not to be graded) and are "
+                 "left out")
+  photographs, bad = labels.once(found, root, notes)
+  return labels.labelled(photographs, rejected + bad, parts, notes, seed, root)
 
 
-def _of_lists(root: pathlib.Path, skip: Collection[pathlib.Path], notes: list[str]):
-  """The lines of the authors' lists, and their folders."""
-  lines, folders = [], []
-  for split, name in SPLITS.items():
-    sheet = root / f"{name}.txt"
-    folder = listed.Folder(root, name, skip)
-    if not listed.has(root, sheet.name):
-      notes.append(f"there is no {sheet.name}: no {split} split")
-      folders.append((folder, f"has no label: there is no {sheet.name}"))
-      continue
-    folders.append((folder, f"has no label in {sheet.name}"))
-    text, _ = sheets.text(sheets.content(sheet, root, WHAT), sheet)
-    own = []
-    for number, content in enumerate(text.splitlines(), start=1):
-      if not content.strip():
-        continue
-      found = _LINE.fullmatch(content.strip())
-      image, grade = found.groups() if found else ("", "")
-      fault = "" if found else f"is {content.strip()[:40]!r}: NAME GRADE is accepted"
-      own.append(_line(f"{sheet.name} line {number}", image, grade, split, folder, fault))
-    if not own:
-      raise UserError(f"{sheet} is empty: one line an image, NAME GRADE, is needed")
-    lines += own
-  return lines, folders
-
-
-def _of_sheet(root: pathlib.Path, skip: Collection[pathlib.Path], notes: list[str]):
-  """The lines of Kaggle's sheet, and its folder."""
-  sheet = root / SHEET
-  text, _ = sheets.text(sheets.content(sheet, root, WHAT), sheet)
-  header, rows, _ = sheets.table(text, sheet, (IMAGE, LEVEL), (), WHAT)
-  folder = listed.Folder(root, GRADING, skip)
-  lines = [
-    _line(where, cells[IMAGE], cells[LEVEL], "", folder, fault)
-    for where, cells, fault in listed.rows_of(sheet, header, rows, notes)
-  ]
-  notes.append(f"{SHEET} states no splits: a patient with several photographs may be in several")
-  return lines, [(folder, f"has no label in {SHEET}")]
-
-
-def _line(
-  where: str, image: str, grade: str, split: str, folder: listed.Folder, fault: str
-) -> listed.Line:
-  if listed.UNGRADABLE.fullmatch(grade):
-    fault = "is graded 5: not to be graded"
-  return listed.Line(where, image, grade, split, folder, fault=fault)
+def _rows(sheet: pathlib.Path, rejected: labels.Rejected) -> Iterator[tuple[int, Sequence[str]]]:
+  """(line, (image, grade)) of one of the authors' lists; other lines join `rejected`."""
+  text, _ = sheets.text(sheets.content(sheet, sheet.parent, WHAT), sheet)
+  if not text.strip():
+    raise UserError(f"{sheet} is empty: one line an image, NAME GRADE, is needed")
+  for number, line in enumerate(text.splitlines(), start=1):
+    found = _LINE.fullmatch(line.strip())
+    if found:
+      yield number, found.groups()
+    elif line.strip():
+      rejected.append((f"{sheet.name} line {number}",
+                       f"is {line.strip()[:40]!r}: NAME GRADE is accepted"))

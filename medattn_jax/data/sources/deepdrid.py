@@ -14,12 +14,13 @@ training sheet do, the column counts, which is what was graded.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 
-from medattn_jax.data import schema, sources
-from medattn_jax.data.sources import listed, sheets, xlsx
+from medattn_jax.data import preprocess, schema, sources
+from medattn_jax.data.sources import labels, pictures, sheets, xlsx
 from medattn_jax.errors import UserError
 
 REGULAR = "regular_fundus_images"
@@ -31,6 +32,7 @@ PARTS = {
 OTHERS = "ultra-widefield_images"
 LEVELS = {eye: f"{eye}_eye_dr_level" for eye in schema.EYES}
 OF_TEST = ("dr_levels", "dr_level")
+UNGRADABLE = 5
 WHAT = (f"a folder {REGULAR} with {', '.join(folder for folder, _ in PARTS.values())}, each with "
         "its sheet and Images")
 _NAME = re.compile(r"(.+)_([lr])\d*", re.IGNORECASE)
@@ -42,67 +44,68 @@ def read(place: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) ->
   Raises UserError where a sheet as a whole cannot be used, and where a patient is in two splits. A
   row that cannot be used is in `rejected`.
   """
-  root = listed.folder_with(
-    place, lambda f: listed.has(f, *(folder for folder, _ in PARTS.values())), WHAT)
+  root = sources.find_folder(
+    place, lambda f: sources.has(f, *(folder for folder, _ in PARTS.values())), WHAT)
   if root is None:
     raise UserError(f"--input={place} has no {PARTS['train'][0]}; accepted: {WHAT}")
   notes: list[str] = []
-  lines, folders, turned = [], [], 0
+  found, rejected, parts, turned = [], [], [], []
   for split, (name, names) in PARTS.items():
-    folder = listed.Folder(root, name, skip)
-    sheet = next((n for n in names if listed.has(root / name, n)), None)
-    if sheet is None:
-      folders.append((folder, f"has no label: there is no {' or '.join(names)}"))
+    files = pictures.Pictures(root, skip, name)
+    there = next((n for n in names if sources.has(root / name, n)), None)
+    if there is None:
+      parts.append((files, f"has no label: there is no {' or '.join(names)}"))
       notes.append(f"there is no {name}/{' or '.join(names)}: no {split} split")
       continue
-    folders.append((folder, f"has no label in {sheet}"))
-    for line, other in _lines(root, folder, root / name / sheet, split, notes):
-      lines.append(line)
-      turned += other
-  if not lines:
+    parts.append((files, f"has no label in {there}"))
+    sheet = root / name / there
+    header, rows = _table(root, sheet, split == "test")
+    make = functools.partial(_photograph, files=files, split=split, turned=turned)
+    some, bad = labels.collect(sheet, header, rows, "image_id", make, notes)
+    found += some
+    rejected += bad
+  if not found and not rejected:
     raise UserError(f"--input={place} has no sheet of labels; accepted: {WHAT}")
   if turned:
-    notes.append(f"{turned} names say another eye than the column of their level, which counts")
-  if any(listed.has(f, OTHERS) for f in (root, root.parent) if f.is_relative_to(place)):
+    notes.append(f"{len(turned)} names say another eye than the column of their level, which "
+                 "counts")
+  if any(sources.has(f, OTHERS) for f in (root, root.parent) if f.is_relative_to(place)):
     notes.append(f"{OTHERS} are photographs of another kind and are not read")
-  return listed.labelled(lines, folders, notes, seed, str(root))
+  photographs, bad = labels.once(found, root, notes)
+  return labels.labelled(photographs, rejected + bad, parts, notes, seed, root)
 
 
-def _lines(
-  root: pathlib.Path, folder: listed.Folder, sheet: pathlib.Path, split: str, notes: list[str]
-) -> Iterator[tuple[listed.Line, bool]]:
-  """The lines of a sheet, and whether the name says another eye than the level does."""
-  header, rows, by_eye = _table(root, sheet, split == "test")
-  for where, cells, fault in listed.rows_of(sheet, header, rows, notes):
-    image = cells["image_id"]
-    found = _NAME.fullmatch(image)
-    named = {"l": "left", "r": "right"}[found[2].lower()] if found else ""
-    patient = cells["patient_id"] or (found[1] if found else "")
-    if by_eye:
-      levels = {eye: cells[column] for eye, column in LEVELS.items() if cells[column]}
-    else:
-      levels = {named: next((cells[name] for name in OF_TEST if cells[name]), "")}
-    if len(levels) > 1:
-      levels = {named: levels[named]} if named else levels
-    eye, level = next(iter(levels.items()), (named, ""))
-    if not fault and len(levels) > 1:
-      fault = "has a level of both eyes and a name that says neither"
-    elif not fault and image and not patient:
-      fault = "has no patient: PATIENT_l1, _l2, _r1, _r2 are accepted"
-    elif listed.UNGRADABLE.fullmatch(level):
-      fault = fault or "has level 5: not to be graded"
-    yield (
-      listed.Line(where, image, level, split, folder, patient, eye, fault),
-      bool(named and eye and named != eye),
-    )
+def _photograph(
+  cells: Mapping[str, str], files: pictures.Pictures, split: str, turned: list[str]
+) -> sources.Photograph:
+  """A row's; its name joins `turned` where that says another eye than its level does."""
+  image = cells["image_id"]
+  path = files.find(image)
+  found = _NAME.fullmatch(image)
+  named = {"l": "left", "r": "right"}[found[2].lower()] if found else ""
+  patient = cells["patient_id"] or (found[1] if found else "")
+  if split == "test":
+    levels = {named: next((cells[name] for name in OF_TEST if cells[name]), "")}
+  else:
+    levels = {eye: cells[column] for eye, column in LEVELS.items() if cells[column]}
+  if len(levels) > 1:
+    if not named:
+      raise preprocess.BadImage("has a level of both eyes and a name that says neither")
+    levels = {named: levels[named]}
+  if not patient:
+    raise preprocess.BadImage("has no patient: PATIENT_l1, _l2, _r1, _r2 are accepted")
+  eye, level = next(iter(levels.items()), (named, ""))
+  if named and eye and named != eye:
+    turned.append(image)
+  level = labels.level(level, ungradable=UNGRADABLE)
+  return sources.Photograph(image, path, level, patient, eye, split)
 
 
 def _table(root: pathlib.Path, sheet: pathlib.Path, of_test: bool):
-  """The header in small letters, the rows, and whether there is a column of each eye."""
-  content = sheets.content(sheet, root, WHAT)
+  """The header in small letters, and the rows."""
   needed = ("image_id",) if of_test else ("patient_id", "image_id", *LEVELS.values())
   if sheet.suffix == ".xlsx":
-    found = xlsx.rows(content, sheet, WHAT)
+    found = xlsx.rows(sheets.content(sheet, root, WHAT), sheet, WHAT)
     header = [cell.strip().lower() for cell in found[0][1]] if found else []
     missing = [name for name in needed if header.count(name) != 1]
     if missing:
@@ -110,9 +113,8 @@ def _table(root: pathlib.Path, sheet: pathlib.Path, of_test: bool):
                       f"{', '.join(header)[:200]!r}; accepted: {WHAT}")
     rows = iter(found[1:])
   else:
-    text, _ = sheets.text(content, sheet)
-    header, rows, _ = sheets.table(text, sheet, needed, (), WHAT)
+    header, rows = sheets.read(sheet, root, needed, WHAT)
   if of_test and sum(header.count(name) for name in OF_TEST) != 1:
     raise UserError(f"{sheet} has no column DR_Levels: its header is {', '.join(header)[:200]!r}; "
                     f"accepted: {WHAT}")
-  return header, rows, not of_test
+  return header, rows

@@ -14,12 +14,14 @@ A patient is the number before _left and _right.
 
 from __future__ import annotations
 
+import collections
+import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping
 
 from medattn_jax.data import preprocess, schema, sources
-from medattn_jax.data.sources import pictures, published
+from medattn_jax.data.sources import labels, pictures, sheets
 from medattn_jax.errors import UserError
 
 TRAIN, SOLUTION = "trainLabels.csv", "retinopathy_solution.csv"
@@ -41,32 +43,31 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
   is a photograph without a row.
   """
   del seed  # nothing is drawn by chance
-  found: published.Found = []
-  rejected: list[tuple[str, str]] = []
+  found: labels.Found = []
+  rejected: labels.Rejected = []
   notes: list[str] = []
   usable = 0
   for name, columns, inner in HALVES:
     # The columns of the training labels are in many a sheet, the solution's in none but it.
-    sheet = published.find_sheet(folder, name, columns if name == SOLUTION else ())
+    sheet = sheets.find(folder, name, columns if name == SOLUTION else ())
     place = folder / inner
-    there = published.inside(place, folder)
+    there = _inside(place, folder)
     if sheet and there:
       usable += 1
     else:
       notes += _told(folder, name, place, sheet, there)
     if not there:
       continue
-    files = pictures.Pictures(place, skip)
+    files = pictures.Pictures(folder, skip, inner)
     why = f"has no label: {name} is not there"
     if sheet:
-      header, rows = published.csv_table(sheet, folder, columns, WHAT)
-      make = _maker(folder, place, files)
-      some, bad = published.collect(header, rows, sheet.name, "image", make)
+      header, rows = sheets.read(sheet, folder, columns, WHAT)
+      make = lambda cells, inner=inner, files=files: _photograph(cells, inner, files)
+      some, bad = labels.collect(sheet, header, rows, "image", make, notes)
       found += some
       rejected += bad
       why = f"has no label in {sheet.name}"
-    rejected += [(f"{inner}/{where}", reason) for where, reason in files.closed]
-    rejected += [(f"{inner}/{picture}", why) for picture in files.unasked()]
+    rejected += files.closed + [(picture, why) for picture in files.unasked()]
   if not usable:
     if not notes:  # as Kaggle's tool leaves the whole, all in one
       notes += [f"{path.name} is not unpacked" for path in sorted(folder.glob("*.zip*"))[:1]]
@@ -74,26 +75,48 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
                     f"{''.join(f'; {note}' for note in notes)}; accepted: {WHAT}")
   if (folder / "sample").is_dir():
     notes.append("sample/ is not read: its photographs are in train/ too")
-  photographs, bad, more = published.once(found)
-  photographs, torn = published.whole(photographs)
-  return sources.Labelled(photographs, rejected + bad + torn, notes + more, [
+  photographs, bad = labels.once(found, folder, notes)
+  photographs, torn = _whole(photographs)
+  return sources.Labelled(photographs, rejected + bad + torn, notes, [
     "splits are Kaggle's, its public half as validation and its private half as test: "
-    f"{published.told(photographs)}"
+    f"{labels.by_split(photographs)}"
   ])
 
 
-def _maker(folder: pathlib.Path, place: pathlib.Path, files: pictures.Pictures):
-  def photograph(cells: Mapping[str, str]) -> sources.Photograph:
-    image = cells["image"]
-    split = USAGES.get(cells["usage"].lower()) if place.name == "test" else "train"
-    if split is None:
-      raise preprocess.BadImage(f"has Usage {cells['usage']!r}: Public or Private is accepted")
-    level = published.level(cells["level"])
-    path = preprocess.resolve(place / files.find(image), folder)
-    patient, eye = schema.side_of(pictures.stem(image)) or (image, "")
-    return sources.Photograph(image, path, level, patient, eye, split)
+def _photograph(
+  cells: Mapping[str, str], half: str, files: pictures.Pictures
+) -> sources.Photograph:
+  image = cells["image"]
+  split = USAGES.get(cells["usage"].lower()) if half == "test" else "train"
+  if split is None:
+    raise preprocess.BadImage(f"has Usage {cells['usage']!r}: Public or Private is accepted")
+  level, path = labels.level(cells["level"]), files.find(image)
+  patient, eye = schema.side_of(pictures.stem(image)) or (image, "")
+  return sources.Photograph(image, path, level, patient, eye, split)
 
-  return photograph
+
+def _whole(
+  photographs: list[sources.Photograph],
+) -> tuple[list[sources.Photograph], labels.Rejected]:
+  """The photographs of the patients who are in one split, and (image_id, why not) of the others."""
+  splits = collections.defaultdict(set)
+  for photograph in photographs:
+    splits[photograph.patient].add(photograph.split)
+  kept, torn = [], []
+  for photograph in photographs:
+    where = splits[photograph.patient]
+    if len(where) == 1:
+      kept.append(photograph)
+    else:
+      told = " and ".join(sorted(where))
+      torn.append((photograph.image_id, f"has a patient, {photograph.patient}, in two splits, "
+                                        f"{told}"))
+  return kept, torn
+
+
+def _inside(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether `path` is a folder, and no link that leads out of `folder`."""
+  return path.is_dir() and pathlib.Path(os.path.realpath(path)).is_relative_to(folder.resolve())
 
 
 def _told(

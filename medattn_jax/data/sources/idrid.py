@@ -35,7 +35,7 @@ from scipy import ndimage
 
 from medattn_jax import console
 from medattn_jax.data import preprocess, schema, sources
-from medattn_jax.data.sources import pictures, published
+from medattn_jax.data.sources import labels, pictures, sheets
 from medattn_jax.errors import UserError
 
 COLUMNS = ("image name", "retinopathy grade")
@@ -69,7 +69,7 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
     raise UserError(f"--input={folder} has no grades (IDRiD_Disease Grading_Training Labels.csv); "
                     f"accepted: {WHAT}")
   notes = ["whose eyes the photographs show is not published: each counts as a patient of its own"]
-  found: published.Found = []
+  found: labels.Found = []
   rejected = list(files.closed)
   asked: set[str] = set()
 
@@ -80,17 +80,17 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
       raise preprocess.BadImage("is missing")
     asked.add(name)
     path = preprocess.resolve(folder / name, folder)
-    level = published.level(cells[COLUMNS[1]])
+    level = labels.level(cells[COLUMNS[1]])
     image_id = f"{split}/{pictures.stem(image)}"
     return sources.Photograph(image_id, path, level, image_id, "", split)
 
   for split, name in parts.sheets:
-    header, rows = published.csv_table(folder / name, folder, COLUMNS, WHAT)
+    header, rows = sheets.read(folder / name, folder, COLUMNS, WHAT)
     make = lambda cells, split=split: photograph(cells, split)
-    some, bad = published.collect(header, rows, name.rpartition("/")[2], COLUMNS[0], make)
+    some, bad = labels.collect(folder / name, header, rows, COLUMNS[0], make, notes)
     found += some
     rejected += [(f"{split}/{image}", why) for image, why in bad]
-  photographs, bad, more = published.once(found)
+  photographs, bad = labels.once(found, folder, notes)
   rejected += bad
   rejected += [(name, "has no grade in its sheet") for name in parts.graded.values()
                if name not in asked]
@@ -101,8 +101,8 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
     _add_lesions(folder, parts, photographs, rejected, notes)
   else:
     notes.append("there are no masks (A. Segmentation): no photograph has lesions")
-  return sources.Labelled(photographs, rejected, notes + more, [
-    f"splits are IDRiD's, which has no validation split: {published.told(photographs)}"
+  return sources.Labelled(photographs, rejected, notes, [
+    f"splits are IDRiD's, which has no validation split: {labels.by_split(photographs)}"
   ])
 
 

@@ -29,7 +29,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from medattn_jax.data import archives, preprocess, sources
-from medattn_jax.data.sources import pictures, published, sheets
+from medattn_jax.data.sources import labels, pictures, sheets
 from medattn_jax.errors import UserError
 
 BASES = tuple(f"Base{hospital}{part}" for hospital in "123" for part in "1234")
@@ -109,18 +109,19 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
     raise UserError(f"--input={folder} has no Annotation_BaseNN.xls or .csv{told}; accepted: "
                     f"{WHAT}")
   images = _Images(folder, files)
-  found: published.Found = []
+  found: labels.Found = []
   for table in tables:
     try:
       header, rows = table.rows(folder)
       make = functools.partial(images.photograph, base=table.base)
-      some, bad = published.collect(header, rows, table.name, COLUMNS[0], make)
+      some, bad = labels.collect(
+        pathlib.PurePath(table.name), header, rows, COLUMNS[0], make, notes)
     except (preprocess.BadImage, UserError) as error:
       rejected.append((table.name, str(error).removeprefix(f"{table.name} ")))
       continue
     found += some
     rejected += bad
-  photographs, bad, more = published.once(found)
+  photographs, bad = labels.once(found, folder, notes)
   rejected += bad
   photographs = _without_copies(photographs, rejected, notes)
   if images.corrected:
@@ -130,7 +131,7 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
   if absent and len(absent) < len(BASES):
     notes.append(f"no photograph of {', '.join(absent)} is usable: Messidor has {len(BASES)} parts")
   rejected += [(file.name, "has no row in a sheet that is read") for file in images.unasked()]
-  return sources.Labelled(photographs, rejected, notes + more, [
+  return sources.Labelled(photographs, rejected, notes, [
     f"no split is published: all {len(photographs)} photographs are the test split"
   ])
 
@@ -163,7 +164,7 @@ class _Images:
     file = there[0]
     self._asked.add(file)
     path = preprocess.resolve(file.path, self._folder)
-    stated = published.level(cells[COLUMNS[1]], HIGHEST)
+    stated = labels.level(cells[COLUMNS[1]], HIGHEST)
     level = GRADES.get(name, stated)
     if level != stated:
       self.corrected.add(name)

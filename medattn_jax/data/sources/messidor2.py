@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from medattn_jax.data import preprocess, schema, sources
-from medattn_jax.data.sources import pictures, published
+from medattn_jax.data.sources import labels, pictures, sheets
 from medattn_jax.errors import UserError
 
 SHEET, PAIRS = "messidor_data.csv", "messidor-2.csv"
@@ -34,7 +34,7 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
   """
   del seed  # nothing is drawn by chance
   notes: list[str] = []
-  sheet = published.find_sheet(folder, SHEET, COLUMNS)
+  sheet = sheets.find(folder, SHEET, COLUMNS)
   files = pictures.Pictures(folder, skip)
   packed = sorted(n for n in files.names if _PART.fullmatch(n.rpartition("/")[2]))
   if packed and not files.unasked():
@@ -46,30 +46,30 @@ def read(folder: pathlib.Path, seed: int, skip: Collection[pathlib.Path] = ()) -
 
   def photograph(cells: Mapping[str, str]) -> sources.Photograph:
     image = cells["image_id"]
-    path = preprocess.resolve(folder / _find(files, image), folder)
+    path = _find(files, image)
     if cells["adjudicated_gradable"].partition(".")[0] == "0":
       raise preprocess.BadImage("is not gradable (adjudicated_gradable 0)")
-    level = published.level(cells["adjudicated_dr_grade"])
+    level = labels.level(cells["adjudicated_dr_grade"])
     key = _key(image)
     if key in doubtful:
       raise preprocess.BadImage(f"is in more than one pair of {PAIRS} ({doubtful[key]})")
     patient, eye = pairs.get(key, (pictures.stem(image), ""))
     return sources.Photograph(image, path, level, patient, eye, "test")
 
-  header, rows = published.csv_table(sheet, folder, COLUMNS, WHAT)
-  found, rejected = published.collect(header, rows, sheet.name, "image_id", photograph)
-  photographs, bad, more = published.once(found)
+  header, rows = sheets.read(sheet, folder, COLUMNS, WHAT)
+  found, rejected = labels.collect(sheet, header, rows, "image_id", photograph, notes)
+  photographs, bad = labels.once(found, folder, notes)
   alone = sum(photograph.eye == "" for photograph in photographs)
   if pairs and alone:
     notes.append(f"{alone} photographs are in no pair of {PAIRS}: each is a patient of its own")
   rejected += bad + files.closed
   rejected += [(picture, f"has no row in {sheet.name}") for picture in files.unasked()]
-  return sources.Labelled(photographs, rejected, notes + more, [
+  return sources.Labelled(photographs, rejected, notes, [
     f"no split is published: all {len(photographs)} photographs are the test split"
   ])
 
 
-def _find(files: pictures.Pictures, image: str) -> str:
+def _find(files: pictures.Pictures, image: str) -> pathlib.Path:
   """As Pictures.find, and by the name without its suffix where there is none with it."""
   try:
     return files.find(image)
@@ -90,12 +90,12 @@ def _pairs(
 
   A patient bears the name of the left photograph.
   """
-  sheet = published.find_sheet(folder, PAIRS, schema.EYES)
+  sheet = sheets.find(folder, PAIRS, schema.EYES)
   if sheet is None:
     notes.append(f"{PAIRS} is not there: each photograph counts as a patient of its own, though "
                  "two of them may be one's two eyes")
     return {}, {}
-  header, rows = published.csv_table(sheet, folder, schema.EYES, f"{PAIRS} has left;right")
+  header, rows = sheets.read(sheet, folder, schema.EYES, f"{PAIRS} has left;right")
   columns = [header.index(eye) for eye in schema.EYES]
   pairs: dict[str, tuple[str, str]] = {}
   lines = collections.defaultdict(list)

@@ -27,19 +27,25 @@ class Pictures:
   """The files below a folder, whatever they are, of which a sheet names some.
 
   Attributes:
-    names: the files, relative to the folder, in order. closed: (folder, why it cannot be listed).
+    root: what the real place of each must be below. names: the files, relative to the folder, in
+    order. closed: (folder relative to `root`, why it cannot be listed).
   """
 
-  def __init__(self, folder: pathlib.Path, skip: Collection[pathlib.Path] = ()):
-    """Looks through the folder; `skip` are folders below it that are not looked into."""
+  def __init__(
+    self, root: pathlib.Path, skip: Collection[pathlib.Path] = (), part: str = ""
+  ):
+    """Looks through the folder `part` of `root`, or all of it; `skip` is not looked into."""
+    self.root, self._part = root, part
     self.closed: list[tuple[str, str]] = []
     self._links: set[str] = set()
     self.names: list[str] = []
+    folder = root / part
+    self._is_there = folder.is_dir()
     skipped = {os.path.realpath(path) for path in skip}
     closed = lambda e: self.closed.append(
-      (os.path.relpath(e.filename, folder), f"cannot be listed: {e.strerror}")
+      (os.path.relpath(e.filename, root), f"cannot be listed: {e.strerror}")
     )
-    for where, inner, files in os.walk(folder, onerror=closed):
+    for where, inner, files in os.walk(folder, onerror=closed) if self._is_there else ():
       relative = pathlib.PurePath(os.path.relpath(where, folder))
       inner[:] = [d for d in inner if os.path.realpath(os.path.join(where, d)) not in skipped]
       for name in inner:
@@ -69,8 +75,14 @@ class Pictures:
           table[view(name)].append(name)
       self._views.append(table)
 
-  def find(self, image: str) -> str:
-    """The relative name of the file the sheet calls `image`; raises BadImage."""
+  def find(self, image: str) -> pathlib.Path:
+    """The real place of the file that the sheet calls `image`; raises BadImage."""
+    if not self._is_there:
+      raise preprocess.BadImage(f"is missing: there is no folder {self._part}")
+    return preprocess.resolve(self.root / self._part / self._named(image), self.root)
+
+  def _named(self, image: str) -> str:
+    """The file that the sheet calls `image`, as in `names`."""
     name = image
     if "\\" in name and name not in self._views[0]:
       name = name.replace("\\", "/")
@@ -93,5 +105,6 @@ class Pictures:
     raise preprocess.BadImage("is missing")
 
   def unasked(self) -> list[str]:
-    """The pictures that no name in the sheet has found."""
-    return [n for n in self.names if n not in self._asked and stem(n) != n]
+    """The pictures that no name in the sheet has found, relative to `root`."""
+    return [(pathlib.PurePath(self._part) / name).as_posix() for name in self.names
+            if name not in self._asked and stem(name) != name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import io
 import pathlib
@@ -22,6 +23,35 @@ def content(sheet: pathlib.Path, root: pathlib.Path, what: str) -> bytes:
     return preprocess.read_bytes(sheet)
   except preprocess.BadImage as error:
     raise UserError(f"{sheet} {error}: {what}") from None
+
+
+def read(
+  sheet: pathlib.Path, root: pathlib.Path, required: Sequence[str], what: str,
+  optional: Collection[str] = (),
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+  """Header and rows, as `table` gives them, of a sheet below the folder `root`.
+
+  Raises UserError, with the words `what` is accepted, where it is of no use as a whole.
+  """
+  decoded, _ = text(content(sheet, root, what), sheet)
+  header, rows, _ = table(decoded, sheet, required, optional, what)
+  return header, rows
+
+
+def find(
+  folder: pathlib.Path, name: str, columns: Sequence[str] = ()
+) -> pathlib.Path | None:
+  """The file right in `folder` that is called `name`, or else the .csv that has the `columns`."""
+  there = sorted(folder.glob("*"))
+  named = [path for path in there if path.name.lower() == name.lower()]
+  if named or not columns:
+    return named[0] if named else None
+  for path in there:
+    if path.suffix.lower() == ".csv":
+      with contextlib.suppress(UserError):  # some other sheet
+        read(path, folder, columns, name)
+        return path
+  return None
 
 
 def text(content: bytes, sheet: object) -> tuple[str, str]:
