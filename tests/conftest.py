@@ -1,8 +1,11 @@
 """Eight virtual CPU devices for every test, and the way to the project's shared material."""
 
 import fcntl
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -137,3 +140,62 @@ def untrained_map(make_untrained, map_config):
     return models.hand_on(map_config, "frozen", {"constants": drawn})["constants"]
 
   return make_untrained(map_config, "frozen", constants)
+
+
+class Bundles:
+  """What a bundle of `export` holds, read as a stranger reads it."""
+
+  FILES = frozenset(
+    {"README.md", "config.json", "model.json", "model.safetensors", "model.stablehlo"})
+
+  @staticmethod
+  def opened(folder):
+    """(program, weights) of a bundle."""
+    import jax.export
+    import safetensors.numpy
+
+    blob = bytearray((folder / "model.stablehlo").read_bytes())
+    return jax.export.deserialize(blob), safetensors.numpy.load_file(folder / "model.safetensors")
+
+  @staticmethod
+  def about(folder):
+    return json.loads((folder / "model.json").read_text())
+
+  @staticmethod
+  def python(code, folder):
+    """Runs `code` in a process of its own, in `folder`; returns what it prints.
+
+    Nothing of ours, and nothing a bundle is made with, can be imported there.
+    """
+    alone = ("import sys\n"
+             "for name in ('medattn_jax', 'flax', 'orbax', 'tensorflow', 'optax', 'clu'):\n"
+             "  sys.modules[name] = None\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+      [sys.executable, "-W", "error", "-c", alone + code], cwd=folder, env=environment,
+      capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+  def answers(self, folder, images, place):
+    """What the bundle in `folder` answers to the images, by name, in such a process.
+
+    `place` is a folder for the files that pass between.
+    """
+    import numpy as np
+
+    np.save(place / "images.npy", images)
+    self.python(f"""
+import jax, jax.export, numpy as np
+from safetensors.numpy import load_file
+program = jax.export.deserialize(bytearray(open({str(folder / "model.stablehlo")!r}, "rb").read()))
+weights = load_file({str(folder / "model.safetensors")!r})
+np.savez("answers.npz", **program.call(weights, np.load("images.npy")))
+assert sys.modules["medattn_jax"] is None
+""", place)
+    return np.load(place / "answers.npz")
+
+
+@pytest.fixture(scope="session")
+def bundles():
+  return Bundles()
