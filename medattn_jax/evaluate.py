@@ -252,7 +252,7 @@ def run(
 
 def _evaluated(place: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
   try:
-    found = json.loads((place / "metrics.json").read_bytes())
+    found = json.loads(files.read_bytes(place / "metrics.json"))
     there = (place / "predictions.csv").is_file()
     return found if there and {name: found[name] for name in identity} == identity else None
   except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -326,9 +326,7 @@ def _measured(model: trained.Trained) -> dict[str, Any] | None:
   """The workdir's evaluation where it is one of these very weights, as metrics.json holds it."""
   path = model.workdir / "evaluation" / "metrics.json"
   try:
-    if path.stat().st_size > _MAX_METRICS_BYTES:
-      return None
-    found = json.loads(path.read_bytes())
+    found = json.loads(files.read_bytes(path, _MAX_METRICS_BYTES))
     these = found["step"] == model.step and found["checkpoint_sha256"] == model.fingerprint
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return None

@@ -1,13 +1,15 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there: written aside, synced, renamed; read if they are plain."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 
 from medattn_jax.errors import UserError
@@ -120,6 +122,33 @@ def write_all(place: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
   place.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():
     write_bytes(place / name, content)
+
+
+def read_bytes(path: str | os.PathLike, most: int | None = None) -> bytes:
+  """The bytes of a plain file, of no more than `most` bytes.
+
+  Raises OSError otherwise. A folder may be a stranger's: nothing waits here for who writes into a
+  pipe, or reads a device without end.
+  """
+  with open(path, "rb", opener=_at_once) as file:
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+      raise OSError(errno.EINVAL, "is no plain file", os.fspath(path))
+    if most is not None and found.st_size > most:
+      raise OSError(errno.EFBIG, f"is larger than {most} bytes", os.fspath(path))
+    return file.read()
+
+
+def _at_once(path: str, flags: int) -> int:
+  return os.open(path, flags | os.O_NONBLOCK)
+
+
+def in_place(path: str, flags: int) -> int:
+  """An opener for a file of ours that is written where it is: OSError where it is a link.
+
+  What a link leads to is not ours, and a pipe is not waited for.
+  """
+  return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def sha256(path: str | os.PathLike) -> str:

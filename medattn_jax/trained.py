@@ -125,12 +125,11 @@ def _thresholds(
     return found, "the checkpoint's validation"
   try:
     path = place.evaluation / "metrics.json"
-    if path.stat().st_size <= _MAX_METRICS_BYTES:
-      evaluation = json.loads(path.read_bytes())
-      found = _valid(evaluation["thresholds"], num_classes)
-      if evaluation["step"] == step and found is not None:
-        tuned = evaluation.get("thresholds_from") != ROUNDING
-        return found, "the workdir's evaluation" if tuned else ROUNDING
+    evaluation = json.loads(files.read_bytes(path, _MAX_METRICS_BYTES))
+    found = _valid(evaluation["thresholds"], num_classes)
+    if evaluation["step"] == step and found is not None:
+      tuned = evaluation.get("thresholds_from") != ROUNDING
+      return found, "the workdir's evaluation" if tuned else ROUNDING
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
     pass  # None there, or not one that can be believed.
   return metrics.start_thresholds(num_classes), ROUNDING

@@ -49,9 +49,11 @@ class Workdir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       # Opened to append: a second training must not empty the file that names the first.
-      file = open(lock, "a+")  # noqa: SIM115 (entered below)
+      file = open(lock, "a+", opener=files.in_place)  # noqa: SIM115 (entered below)
     except OSError as error:
       why = "is a file" if isinstance(error, FileExistsError) else _reason(error)
+      if error.errno == errno.ELOOP and lock.is_symlink():
+        why = f"{lock.name} in it is a link"
       raise UserError(
         f"workdir {self.path}: {why}; accepted is a folder that can be written to"
       ) from None
@@ -135,9 +137,8 @@ class Workdir:
     try:
       if not self.path.is_dir():
         raise UserError(f"workdir {self.path}: no such folder")
-      if self.config.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UserError(f"{self.config}: too large to be a configuration")
-      config = json.loads(self.config.read_bytes(), parse_constant=_refuse)
+      content = files.read_bytes(self.config, _MAX_CONFIG_BYTES)
+      config = json.loads(content, parse_constant=_refuse)
     except FileNotFoundError:
       raise UserError(
         f"workdir {self.path}: no config.json in it; accepted is a folder that `medattn train` made"
@@ -175,7 +176,8 @@ class MetricsLog:
     try:
       if self._file is None:
         # One write a line, past every buffer: what is logged outlives kill -9.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._file = open(  # noqa: SIM115
+          self.path, "ab", buffering=0, opener=files.in_place)
       written = self._file.write(line.encode() + b"\n")
       if written != len(line.encode()) + 1:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -190,15 +192,14 @@ class MetricsLog:
     self.close()
     kept, later, garbage = [], 0, 0
     try:
-      with open(self.path, "rb") as file:
-        for line in file:
-          found = _step_of(line)
-          if found is None:
-            garbage += 1
-          elif found > step:
-            later += 1
-          else:
-            kept.append(line)
+      for line in io.BytesIO(files.read_bytes(self.path)):
+        found = _step_of(line)
+        if found is None:
+          garbage += 1
+        elif found > step:
+          later += 1
+        else:
+          kept.append(line)
       if later or garbage:
         files.write_bytes(self.path, b"".join(kept))
     except FileNotFoundError:
@@ -213,7 +214,7 @@ class MetricsLog:
   def read(self) -> list[dict]:
     """The lines that are whole, in order; [] where there is no file."""
     try:
-      lines = self.path.read_bytes().splitlines(keepends=True)
+      lines = files.read_bytes(self.path).splitlines(keepends=True)
     except FileNotFoundError:
       return []
     whole = [json.loads(line) for line in lines if _step_of(line) is not None]

@@ -25,6 +25,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
   assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+  (tmp_path / "plain").write_bytes(b"abc")
+  (tmp_path / "link").symlink_to("plain")
+  assert files.read_bytes(tmp_path / "plain", 3) == files.read_bytes(tmp_path / "link") == b"abc"
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "endless").symlink_to("/dev/zero")
+  for name, why in (("pipe", "no plain file"), ("endless", "no plain file"),
+                    (".", "directory"), ("none", "No such file")):
+    with pytest.raises(OSError, match=why) as raised:
+      files.read_bytes(tmp_path / name)
+    assert raised.value.filename == str(tmp_path / name)
+  with pytest.raises(OSError, match="larger than 2 bytes"):
+    files.read_bytes(tmp_path / "plain", 2)
+
+
 def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
   path = tmp_path / "a.csv"
   with pytest.raises(OSError, match="No space") as full, files.replacing(path):

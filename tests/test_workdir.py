@@ -177,3 +177,27 @@ def test_a_full_disk_is_the_users_error_and_the_torn_line_is_mended(tmp_path):
   log.write({"step": 2})
   assert log.read() == [{"step": 1}, {"step": 2}]
   log.close()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_strangers_config_that_is_no_file_is_not_waited_for(tmp_path, make):
+  make(tmp_path / "config.json")
+  with pytest.raises(UserError, match=r"config\.json: cannot be read: is no plain file"):
+    Workdir(tmp_path).read_config()
+
+
+def test_what_a_strangers_links_lead_to_is_not_written_to(tmp_path):
+  run, mine = tmp_path / "run", tmp_path / "mine.txt"
+  run.mkdir()
+  mine.write_text("mine\n")
+  (run / ".lock").symlink_to(mine)
+  with pytest.raises(UserError, match=r"\.lock in it is a link"), Workdir(run).lock():
+    pass
+  (run / "metrics.jsonl").symlink_to(mine)
+  with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written to"):
+    MetricsLog(run / "metrics.jsonl").write({"step": 1})
+  os.mkfifo(run / "pipe.jsonl")
+  for use in (lambda log: log.write({"step": 1}), lambda log: log.truncate_after(0)):
+    with pytest.raises(UserError, match=r"pipe\.jsonl: cannot be"):
+      use(MetricsLog(run / "pipe.jsonl"))
+  assert mine.read_text() == "mine\n"

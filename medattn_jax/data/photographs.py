@@ -2,9 +2,9 @@
 
 This module starts in the worker processes: it knows no TensorFlow. A file's name is
 <key>.<checksum>.<checksum of the raw file>.<what was done to it>.jpg; the key stands for the raw
-file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED.
-Where lesions were drawn on the photograph, its preprocess.Placement, as numbers joined by -, stands
-before the .jpg.
+file (place, size, time) and what it is to become; what was done is a sum of ENLARGED, STRETCHED,
+FRAMES. Where lesions were drawn on the photograph, its preprocess.Placement, as numbers joined by
+-, stands before the .jpg.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from medattn_jax.data.sources import Photograph
 
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
 POOL_FROM = 8  # fewer photographs are done sooner than processes start
-ENLARGED, STRETCHED = 1, 2
+ENLARGED, STRETCHED, FRAMES = 1, 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Done:
   name: str = ""  # of its file, where it is prepared; the name holds the file's checksum
   reason: str = ""
   source: str = ""  # checksum of the raw file
-  oddities: int = 0  # a sum of ENLARGED and STRETCHED
+  oddities: int = 0  # a sum of ENLARGED, STRETCHED and FRAMES
   pixels: str = ""  # checksum of what would be prepared, where it is only looked at
   size: tuple[int, int] = (0, 0)  # width and height of the raw file, where it is only looked at
   placement: preprocess.Placement | None = None  # where it was asked for
@@ -165,6 +165,7 @@ def _photograph(job: Job) -> Done:
   height, width, _ = raw.shape
   oddities = ENLARGED * (max(height, width) < job.full_size)
   oddities += STRETCHED * (job.frame == "whole" and height != width)
+  oddities += FRAMES * preprocess.has_more_frames(content)
   placement = None
   if job.placed:
     turn = preprocess.orientation(content)

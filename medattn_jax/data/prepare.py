@@ -362,6 +362,8 @@ def _say_oddities(kept: Sequence[tuple[Photograph, photographs.Done]], full_size
   if stretched := count(photographs.STRETCHED):
     console.warn(f"{stretched} photographs are no squares and were stretched: the frame is theirs "
                  "as a whole")
+  if frames := count(photographs.FRAMES):
+    console.warn(f"{frames} photographs have several pages or frames, of which the first is taken")
   drawn = sum(len(photograph.boxes) for photograph, _ in kept)
   lost = drawn - sum(len(_boxes(*entry, full_size)) for entry in kept)
   if lost:

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,12 +27,16 @@ MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest fundus cameras have 50 milli
 MIN_SIDE = 32
 MAX_ASPECT = 4
 MAX_SCANS = 200  # of a JPEG: a few bytes more each, and a whole decoding pass
+MAX_PARTS = 10_000  # of a JPEG: tables, scans, and profiles and the like in 64 KiB each
 # Raster formats alone: PIL would run another program for EPS.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
 SUFFIXES = (
   ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm",
   ".pgm", ".pnm", ".jp2", ".j2k",
 )  # fmt: skip
+_SCAN = b"\xff\xda"
+# What begins a part of a JPEG that has its length behind it. In a scan's data 0 is behind 255.
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xda-\xfe]")
 BLACK = 8  # below this a pixel is black whatever else the picture shows
 _PLAIN = {"L", "RGB", "CMYK", "YCbCr"}
 _KINDS = (
@@ -143,8 +148,8 @@ def _decoded(
     except Exception as error:
       raise BadImage(_unknown(content, error)) from None
     _check_size(*image.size, least)
-    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MAX_SCANS:
-      raise BadImage(f"has more than {MAX_SCANS} scans")
+    if image.format in ("JPEG", "MPO"):
+      _check_scans(content)
     try:
       image.load()
       return pixels(image)
@@ -260,6 +265,20 @@ def orientation(content: bytes) -> int:
   return 1  # as there: EXIF that cannot be read turns nothing
 
 
+def has_more_frames(content: bytes) -> bool:
+  """Whether a picture follows the one that decode_photograph takes: pages, or an animation.
+
+  The previews that cameras put behind a JPEG are none.
+  """
+  with warnings.catch_warnings(), contextlib.suppress(Exception):
+    warnings.simplefilter("ignore")
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+      if image.format in ("TIFF", "GIF", "PNG", "WEBP"):
+        image.seek(1)  # EOFError where there is none; n_frames would count a million of them
+        return True
+  return False
+
+
 def fit_aligned(image: np.ndarray, size: int, channels: int) -> np.ndarray:
   """An image of an aligned set in the set's frame: resized as a whole where it has another size.
 
@@ -325,6 +344,24 @@ def _check_size(width: int, height: int, least: int) -> None:
     raise BadImage(f"has {size}: at least {least} a side are needed")
   if max(width, height) > MAX_ASPECT * min(width, height):
     raise BadImage(f"has {size}: too thin for a photograph (at most {MAX_ASPECT} to 1)")
+
+
+def _check_scans(content: bytes) -> None:
+  """Raises BadImage for a JPEG of too many scans, or parts to look for them in.
+
+  What looks like a scan within a profile, a preview or a comment is none.
+  """
+  if content.count(_SCAN) <= MAX_SCANS:
+    return
+  scans = parts = place = 0
+  while marker := _MARKER.search(content, place):
+    scans, parts, place = scans + (marker[0] == _SCAN), parts + 1, marker.end()
+    if scans > MAX_SCANS:
+      raise BadImage(f"has more than {MAX_SCANS} scans")
+    if parts > MAX_PARTS:
+      raise BadImage(f"has more than {MAX_PARTS} parts")
+    if marker[0] != _SCAN:  # of that one the length is small, and what follows is data
+      place += int.from_bytes(content[place : place + 2], "big")
 
 
 def _upright_rgb(image: Image.Image) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -140,11 +142,9 @@ def of_predictions(path: str | os.PathLike) -> Answers:
       that do not sum to one within 1e-6; a photograph without a name or a patient, or there twice.
   """
   try:
-    if os.stat(path).st_size > _MAX_BYTES:
-      raise UserError(f"{path}: larger than {_MAX_BYTES >> 20} MiB; accepted: a predictions.csv")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-      rows = list(csv.reader(file, strict=True))
-    fingerprint = files.sha256(path)
+    content = files.read_bytes(path, _MAX_BYTES)
+    rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
+    fingerprint = hashlib.sha256(content).hexdigest()
   except OSError as error:
     raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; accepted: a "
                     "predictions.csv as `medattn evaluate` writes it") from None

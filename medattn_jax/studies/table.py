@@ -100,9 +100,7 @@ def rows_of(workdir: str) -> list[Row]:
   for path in (*sorted(place.path.glob("*/metrics.json")),
                *sorted(place.path.glob("studies/*/*.json"))):
     try:
-      if path.stat().st_size > _MAX_BYTES:
-        raise ValueError("too large")
-      found = json.loads(path.read_bytes())
+      found = json.loads(files.read_bytes(path, _MAX_BYTES))
       make = _STUDIES.get(found["study"]) if "study" in found else _of_evaluation
       rows += [
         Row(*row, str(workdir), path.relative_to(place.path).as_posix())

@@ -103,6 +103,24 @@ def test_bad_pictures_are_named_and_cost_no_good_one(camera, tmp_path):
   assert not rejected and summary.rejected == 7
 
 
+def test_pages_that_are_left_out_are_told(camera, tmp_path, capsys):
+  camera.both(["a.jpg", "b.tif"])
+  more = Image.open(camera.folder / "a.jpg")
+  camera.picture("b.tif", kind="TIFF", seed=1, save_all=True, append_images=[more])
+  prepare(camera, tmp_path / "data")
+  assert "1 photographs have several pages or frames, of which the first" in capsys.readouterr().err
+
+
+def test_what_a_lock_links_to_is_not_emptied(camera, tmp_path):
+  camera.both(["a.jpg"])
+  (tmp_path / "data").mkdir()
+  (tmp_path / "mine.txt").write_text("mine")
+  (tmp_path / "data" / ".csv.lock").symlink_to(tmp_path / "mine.txt")
+  with pytest.raises(UserError, match=r"\.csv\.lock: Too many levels of symbolic links"):
+    prepare(camera, tmp_path / "data")
+  assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_nothing_usable_is_an_error_and_leaves_no_set(camera, tmp_path):
   camera.both(["a.jpg", "b.jpg"])
   for name in "ab":

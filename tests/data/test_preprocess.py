@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -105,6 +106,8 @@ def test_of_several_frames_the_first_is_taken(picture, make, kind):
                          append_images=[Image.fromarray(255 - picture)], **options)
   got = preprocess.decode_photograph(content)
   assert np.abs(got.astype(int) - picture).mean() < 8
+  assert preprocess.has_more_frames(content)
+  assert not preprocess.has_more_frames(make.encoded(picture, kind))
 
 
 def test_what_is_no_photograph_is_rejected_with_its_reason(picture, make):
@@ -134,6 +137,24 @@ def test_what_is_no_photograph_is_rejected_with_its_reason(picture, make):
   ):
     with pytest.raises(BadImage, match=reason):
       preprocess.decode_photograph(content)
+
+
+def test_only_what_is_decoded_counts_as_a_scan(picture, make, monkeypatch):
+  """A profile may hold any bytes; a flood of comments is not searched to its end."""
+  jpeg = make.encoded(picture, icc_profile=b"\xff\xda" * 60_000)
+  assert preprocess.decode_photograph(jpeg).shape == picture.shape
+  flood = jpeg[:2] + b"\xff\xfe\x00\x02" * 4_000_000 + jpeg[2:]
+  begun = time.process_time()
+  with pytest.raises(BadImage, match="more than 10000 parts"):
+    preprocess.decode_photograph(flood)
+  assert time.process_time() - begun < 5
+  several = make.encoded(picture, progressive=True)
+  scans = several.count(b"\xff\xda")
+  monkeypatch.setattr(preprocess, "MAX_SCANS", scans)
+  preprocess.decode_photograph(several)
+  monkeypatch.setattr(preprocess, "MAX_SCANS", scans - 1)
+  with pytest.raises(BadImage, match=f"more than {scans - 1} scans"):
+    preprocess.decode_photograph(several)
 
 
 def test_a_promised_bomb_costs_no_memory(tmp_path):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from medattn_jax import files
 from medattn_jax.data import schema, workers
 from medattn_jax.data.backend import tfds
 from medattn_jax.errors import UserError
@@ -124,7 +125,7 @@ def _generate(builder, target):
       f"{builder.name}: called while a process starts: `if __name__ == '__main__':` lacks"
     )
   target.parent.mkdir(parents=True, exist_ok=True)
-  with open(target.parent / ".lock", "w") as lock:
+  with open(target.parent / ".lock", "a+", opener=files.in_place) as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

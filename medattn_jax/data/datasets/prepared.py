@@ -91,7 +91,7 @@ def exclusive(path: pathlib.Path, *, wait: bool) -> Iterator[None]:
   Raises BlockingIOError where another process holds it and `wait` is false.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w") as lock:
+  with open(path, "a+", opener=files.in_place) as lock:
     fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield
 
@@ -204,7 +204,7 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / INDEX
   try:
-    index = json.loads(path.read_text())
+    index = json.loads(files.read_bytes(path))
     content = index["content"]
     if index["sha256"] != _digest(content):
       raise ValueError("its checksum does not fit")
