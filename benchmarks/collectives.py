@@ -3,24 +3,25 @@
 `python -m benchmarks.collectives [--config=FILE [--phases=P,…] [--config.KEY=VALUE …]]
 [--devices=1,2,8] [--json]`
 
-Compiles the train step of every phase for so many devices of a CPU (a process for each phase) and
+Compiles the train step of every phase for so many devices of a CPU (a process for each page) and
 counts: collectives, their kinds and bytes, those in a loop or a branch, the donated buffers of the
 state, temporaries. Without --config: tiny networks of the shipped pages, every model and phase
 (Zoom-in-Net m, a, c; M-Net; global attention joint, frozen). Exits with 1 where a step holds more
 than one all-reduce of gradients and one of the map, another kind, one in a loop, or where a leaf of
 the state that the step reads is not donated. The bytes are a CPU's: TPUs and GPUs may carry
-gradients in other dtypes (benchmarks.aot tells).
+gradients in other dtypes (benchmarks.aot tells). --size=small, and no other, is what runs without
+--config: 18 programs in some 80 seconds of a processor. Needs no TensorFlow.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks import rows
 from medattn_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -53,21 +54,17 @@ def main() -> None:
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
   try:
-    rows = measure(flags, rest)
+    found = list(measure(flags, rest))
   except UserError as error:
-    print(f"benchmarks.collectives: {error}", file=sys.stderr)
-    sys.exit(2)
-  if not flags.json:
-    print(table(rows))
-  for row in rows:
-    print(json.dumps(row, allow_nan=False))
-  broken = [line for row in rows for line in faults(row)]
+    rows.stop("collectives", error)
+  rows.say(found, table(found), flags.json)
+  broken = [line for row in found for line in faults(row)]
   for line in broken:
     print(line, file=sys.stderr)
   sys.exit(bool(broken))
 
 
-def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, Any]]:
+def measure(flags: argparse.Namespace, rest: Sequence[str]) -> Iterator[dict[str, Any]]:
   """A row for each page, phase and number of devices."""
   from medattn_jax import cli, config, experiment
   from medattn_jax.programs import apart, chips
@@ -83,7 +80,7 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
   else:
     pages = [(name, config.load_page(str(CONFIGS / file), list(changed.items())))
              for name, file, changed in PAGES]
-  rows = []
+  target = chips.target(f"cpu:{counts[-1]}")
   for name, page in pages:
     experiment.check(page, counts[-1])
     known = experiment.phases(page)
@@ -91,37 +88,41 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
     for phase in phases:
       if phase not in known:
         raise UserError(f"--phases={phase}; accepted for {page.model.name}: {', '.join(known)}")
-      print(f"compiling {name} {phase} …", file=sys.stderr, flush=True)
-      target = chips.target(f"cpu:{counts[-1]}")
-      for found in apart.run(compiled, config.to_dict(page), phase, counts, target=target):
-        rows.append({"name": "collectives", "config": name, "model": page.model.name, **found})
-  return rows
+    yield from apart.run(compiled, name, config.to_dict(page), phases, counts, target=target)
 
 
-def compiled(values: Mapping[str, Any], phase: str, counts: Sequence[int]) -> list[dict[str, Any]]:
-  """In a process of its own: what the step of a phase holds, for each number of devices."""
+def compiled(
+  name: str, values: Mapping[str, Any], phases: Sequence[str], counts: Sequence[int]
+) -> list[dict[str, Any]]:
+  """In a process of its own: what the steps of a page hold, a row for each number of devices."""
   import jax
 
   from medattn_jax import config, experiment, forecast
   from medattn_jax.programs import chips
 
-  page, rows = config.from_dict(values), []
-  for count in counts:
-    devices = jax.devices()[:count]
-    row = forecast.here(page, phase, chips.Target(chips.CPU, str(count)), devices).row()
-    common = experiment.build(page, phase, devices).common
-    rows.append({
-      "phase": phase, "devices": count, "batch": row["batch"],
-      # The map is summed over the devices where its pixels' classifier is spread over them.
-      "allowed": 2 if common and common.reads else 1,
-      **{key: row[key] for key in ("collectives", "inside", "wire_bytes", "donated", "leaves",
-                                   "unread", "temporaries", "compile_seconds")}})
-  return rows
+  page, found = config.from_dict(values), []
+  for phase in phases:
+    print(f"compiling {name} {phase} …", file=sys.stderr, flush=True)
+    for count in counts:
+      devices = jax.devices()[:count]
+      read = forecast.here(page, phase, chips.Target(chips.CPU, str(count)), devices)
+      common, own = experiment.build(page, phase, devices).common, read.row()
+      found.append(rows.row(
+        "collectives", config={"page": name, "model": page.model.name, "phase": phase},
+        devices=count, device_kind=read.kind, batch=page.data.batch_size, dtype=read.dtype,
+        compile_seconds=read.lowering + read.compiling,
+        flops=read.flops and count * read.flops, memory=read.needs,
+        # The map is summed over the devices where its pixels' classifier is spread over them.
+        allowed=2 if common and common.reads else 1,
+        **{key: own[key] for key in (
+          "collectives", "inside", "wire_bytes", "donated", "leaves", "unread", "temporaries")}))
+  return found
 
 
 def faults(row: Mapping[str, Any]) -> list[str]:
   """What of a row must not be, in words."""
-  where = f"{row['config']}, phase {row['phase']}, {row['devices']} devices"
+  config = row["config"]
+  where = f"{config['page']}, phase {config['phase']}, {row['devices']} devices"
   found = []
   reduces = row["collectives"].get("all-reduce", 0)
   if reduces > row["allowed"]:
@@ -137,18 +138,18 @@ def faults(row: Mapping[str, Any]) -> list[str]:
   return found
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  wide = max(len(row["config"]) for row in rows)
-  lines = [f"{'page':{wide}}  phase   devices  collectives{'bytes':>22}  in a loop      donated"
-           "  temporaries"]
-  for row in rows:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+  lines = []
+  for row in found:
     kinds = ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none"
-    sizes = ", ".join(f"{n:,} {kind}" for kind, n in row["wire_bytes"].items())
-    lines.append(
-      f"{row['config']:{wide}}  {row['phase']:6}  {row['devices']:7}  {kinds:13}{sizes:>20}"
-      f"{row['inside']:11}  {row['donated']:>4} of {row['leaves'] - row['unread']:<4}"
-      f"  {row['temporaries'] / 1e6:8.2f} MB")
-  return "\n".join(lines)
+    sizes = ", ".join(f"{n:,} {kind}" for kind, n in row["wire_bytes"].items()) or None
+    lines.append((
+      row["config"]["page"], row["config"]["phase"], row["devices"], kinds, sizes, row["inside"],
+      f"{row['donated']} of {row['leaves'] - row['unread']}", row["temporaries"] / 1e6,
+      row["compile_seconds"]))
+  return rows.table(
+    ("page", "phase", "devices", "collectives", "bytes", "in a loop", "leaves donated",
+     "temporaries MB", "compile s"), lines)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Weak: each device has --batch; strong: the largest of the weak runs' batches is shared out. On
 accelerators both are timed. On a CPU, whose devices are one processor's, nothing is timed: the
-compiled programs tell what a device computes, moves and gives to collectives.
+programs (compiled with the least effort, as they never run) tell what a device computes, moves and
+gives to collectives. "By FLOPs" is one device's FLOPs an image over those of so many.
 
 Then a model, not a measurement, up to --most chips: the time that one chip needs (--step-ms, from
 benchmarks.step or benchmarks.aot; else the FLOPs at the data sheet's rate, which is less than any
@@ -94,6 +95,8 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     one["efficiency"] = rows.rounded(
       one["images_per_second"] / one["devices"]
       / (first["images_per_second"] / first["devices"])) if timed else None
+    one["flops_efficiency"] = rows.rounded(
+      first["flops_per_step"] / first["batch"] / (one["flops_per_step"] / one["batch"]))
   return found
 
 
@@ -104,9 +107,10 @@ def one_of(page: pages.Page, count: int, flags: argparse.Namespace) -> dict[str,
   from medattn_jax.programs import report
 
   now = steps.build(page, flags.phase, jax.devices()[:count])
-  _, compiled, seconds = steps.compiled(now.lower_train_step)
+  timed = jax.devices()[0].platform != "cpu"
+  _, compiled, seconds = steps.compiled(now.lower_train_step, run=timed)
   read, times = report.read(compiled), []
-  if jax.devices()[0].platform != "cpu":
+  if timed:
     running = steps.Running(compiled, now.initial(), now.put_train(steps.host_batches(now)))
     running.run(3)
     times = [running.run(flags.steps) for _ in range(flags.rounds)]
@@ -149,12 +153,14 @@ def modelled(
     joined = roofline.reduced(wire, count, chip, hosts) + (roofline.LAUNCH if count > 1 else 0.0)
     seconds = alone + joined
     lines.append({
-      "name": "scaling_model", "chip": wanted.chip, "devices": count, "model": True,
-      "config": largest["config"], "batch": count * largest["batch"] // largest["devices"],
-      "dtype": largest["dtype"], "step_ms_of_one": rows.rounded(1000 * alone),
+      **rows.row(
+        "scaling_model", config=largest["config"], devices=count, device_kind=wanted.chip,
+        batch=count * largest["batch"] // largest["devices"], dtype=largest["dtype"],
+        flops=count * each),
+      "images_per_second": rows.rounded(images * count / seconds),
+      "chip": wanted.chip, "model": True, "step_ms_of_one": rows.rounded(1000 * alone),
       "one_from": "--step-ms" if flags.step_ms else "FLOPs at the data sheet's rate",
       "all_reduce_ms": rows.rounded(1000 * joined), "wire_bytes": wire,
-      "images_per_second": rows.rounded(images * count / seconds),
       "efficiency": rows.rounded(alone / seconds)})
     count *= 2
   return lines
@@ -169,49 +175,56 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     moved = one["bytes_per_device"]
     lines.append((
       one["scaling"], one["devices"], one["batch"], one["step_ms"] and one["step_ms"]["min"],
-      one["images_per_second"], one["efficiency"], counts,
+      one["images_per_second"], one["efficiency"], one["flops_efficiency"], counts,
       sum(one["wire_bytes"].values()) / 1e6, one["flops_per_device"] / 1e9,
       None if moved is None else moved / 1e9, one["peak_memory_bytes"] / 2**20))
   text = (f"{config['model']} {config['backbone']} {config['image_size']}², phase "
           f"{config['phase']}, {first['dtype']}, {first['device_kind']}\n" + rows.table(
-            ("", "devices", "batch", "ms", "images/s", "efficiency", "collectives", "MB given",
-             "GFLOP a device", "GB a device", "MiB"), lines))
+            ("scaling", "devices", "batch", "ms", "images/s", "efficiency", "by FLOPs",
+             "collectives", "MB given", "GFLOP a device", "GB a device", "peak MiB"), lines))
+  if first["step_ms"] is None:
+    text += "\nA CPU's devices share its cores, so nothing is timed: read from the programs alone."
   modelled = [one for one in found if one["name"] == "scaling_model"]
   if modelled:
     one = modelled[0]
     text += (f"\n\nA MODEL of {one['chip']}, not measured: one chip needs {one['step_ms_of_one']} "
              f"ms ({one['one_from']}), nothing of the all-reduce hidden\n" + rows.table(
-               ("", "chips", "batch", "all-reduce ms", "images/s", "efficiency"),
+               ("scaling", "chips", "batch", "all-reduce ms", "images/s", "efficiency"),
                [("weak", line["devices"], line["batch"], line["all_reduce_ms"],
                  line["images_per_second"], line["efficiency"]) for line in modelled]))
+    if modelled[-1]["efficiency"] < 0.5:
+      text += ("\nIn a step as short as this the all-reduce is all there is: take a real one, by "
+               "--size=full or --step-ms.")
   return text
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """Efficiency by devices: measured where it was, and the model."""
+  """Efficiency by devices: measured where it was, else by FLOPs alone, and the model."""
+  by, how = (("flops_efficiency", "by FLOPs alone") if found[0]["step_ms"] is None else
+             ("efficiency", "measured"))
 
   def draw(panel):
     for kind, colour in (("weak", "#4c78a8"), ("strong", "#54a24b")):
-      own = [one for one in found if one.get("scaling") == kind and one["efficiency"] is not None]
-      if own:
-        panel.plot([one["devices"] for one in own], [one["efficiency"] for one in own], "o-",
-                   color=colour, label=f"{kind}, measured")
+      own = [one for one in found if one.get("scaling") == kind]
+      panel.plot([one["devices"] for one in own], [one[by] for one in own], "o-", color=colour,
+                 label=f"{kind}, {how}")
     lines = [one for one in found if one["name"] == "scaling_model"]
     if lines:
       panel.plot([one["devices"] for one in lines], [one["efficiency"] for one in lines], "o--",
-                 color="#f58518", label=f"weak, a model of {lines[0]['chip']}")
-    panel.set(xscale="log", xlabel="devices", ylabel="images/s of a device, over one alone")
+                 color="#f58518", label=f"weak, a model of {lines[0]['chip']},\n"
+               f"{rows.shown(lines[0]['step_ms_of_one'])} ms a step alone")
+    panel.set(xscale="log", xlabel="devices", ylabel="efficiency of a device, over one alone")
     panel.set_xscale("log", base=2)
     ticks = sorted({one["devices"] for one in found})
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.set_ylim(0, 1.05)
     panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=8, loc="lower left")
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     config = found[0]["config"]
     panel.set_title(f"{config['backbone']} {config['image_size']}², phase {config['phase']}",
                     fontsize=10)
 
-  rows.figure(path, 5.5, 3.6, draw)
+  rows.figure(path, 6.8, 3.4, draw)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from medattn_jax import experiment as experiments
 from medattn_jax import models
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
-from medattn_jax.programs import ceilings, chips, traffic
+from medattn_jax.programs import ceilings, chips, traffic, unrun
 
 
 def split(count: int) -> None:
@@ -79,12 +80,17 @@ class Running:
     return (time.perf_counter() - begin) * 1000 / steps
 
 
-def compiled(lower: Callable[[], jax.stages.Lowered]) -> tuple[Any, Any, float]:
-  """(lowered, compiled, the seconds that both took)."""
+def compiled(
+  lower: Callable[[], jax.stages.Lowered], run: bool = True
+) -> tuple[Any, Any, float]:
+  """(lowered, compiled, the seconds that both took); with `run` False a CPU's, only to be read."""
   begin = time.perf_counter()
   lowered = lower()
-  program = lowered.compile()
+  program = lowered.compile() if run else unrun.compiled(lowered)
   return lowered, program, time.perf_counter() - begin
+
+
+_COUNTED: dict[str, float] = {}  # by page and phase: more devices have the same share each
 
 
 def flops(page: Any, phase: str, devices: int = 1) -> float:
@@ -97,8 +103,11 @@ def flops(page: Any, phase: str, devices: int = 1) -> float:
   each = page.phases[phase].accumulation
   page.phases[phase].accumulation = 1
   page.data.batch_size //= devices
-  lowered = build(page, phase, jax.devices()[:1]).lower_train_step()
-  return devices * each * lowered.cost_analysis()["flops"]
+  key = json.dumps([page.to_dict(), phase])
+  if key not in _COUNTED:
+    lowered = build(page, phase, jax.devices()[:1]).lower_train_step()
+    _COUNTED[key] = lowered.cost_analysis()["flops"]
+  return devices * each * _COUNTED[key]
 
 
 def moved(text: str) -> float | None:

@@ -17,7 +17,7 @@ import ml_collections
 
 from medattn_jax import config, experiment, files
 from medattn_jax.errors import UserError
-from medattn_jax.programs import apart, chips, places, report, roofline, traffic
+from medattn_jax.programs import apart, chips, places, report, roofline, traffic, unrun
 from medattn_jax.programs.report import Report
 from medattn_jax.programs.roofline import Bound
 
@@ -27,8 +27,6 @@ MARGIN = 0.08
 # Where a GPU's compiler has no GPU to try tilings of a small matrix product on, the one it assumes
 # may not fit; then these are left to cuBLAS.
 _UNTRIED = {"xla_gpu_enable_triton_gemm": False}
-# A CPU's program that is read and never run: its instructions need no polish.
-_UNRUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -147,7 +145,7 @@ def here(page: ml_collections.ConfigDict, phase: str, target: chips.Target, devi
     needs=None, memory=_memory(devices[0], sheet), lowering=middle - start, compiling=0.0,
     options={}, report=None, flops=None, accessed=None, hbm=None, cycles=None, seconds=None,
     bound=None, places=None)
-  tried = [_UNRUN if target.chip == chips.CPU else {}, *[_UNTRIED] * target.gpu]
+  tried = unrun.OPTIONS if target.chip == chips.CPU else [{}, *[_UNTRIED] * target.gpu]
   for options in tried:
     try:
       compiled = lowered.compile(compiler_options=options)
