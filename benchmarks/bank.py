@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import time
@@ -43,9 +42,19 @@ LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.0, "focal_g
 
 
 class Program(NamedTuple):
+  """A program, compiled.
+
+  Attributes:
+    flops: of a device, as XLA counts them: of the bank's loop one round.
+    seconds: that lowering and compiling it took.
+    run: milliseconds a call, over so many; None where it is not to be run here.
+  """
+
   compiled: Any
   text: str
-  run: Callable[[int], float] | None  # milliseconds a call, over so many; None: not to be run here
+  flops: float
+  seconds: float
+  run: Callable[[int], float] | None = None
 
 
 def main() -> None:
@@ -68,11 +77,11 @@ def main() -> None:
     if reason := chips.missing(flags.target):
       rows.stop("bank", f"--target={flags.target.chip}: {reason}")
     os.environ.update(chips.environment(flags.target))
-  found = measure(flags)
-  if not flags.json:
-    print(table(found))
-  for row in found:
-    print(json.dumps(row, allow_nan=False))
+  try:
+    found = measure(flags)
+  except UserError as error:
+    rows.stop("bank", error)
+  rows.say(found, table(found), flags.json)
   if flags.plot:
     plot(found, flags.plot)
 
@@ -93,32 +102,28 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
         whole = bank.fill(drawn, held, count, side, 1, mesh)
       programs = {"without": without, "step": train_program(flags, mesh, classifier, whole),
                   "map": map_program(flags, mesh, classifier, whole)}
-      found.append({
-        "name": "bank", "classifier": classifier, "images": count,
-        "config": {key: getattr(flags, key) for key in
-                   ("image_size", "backbone", "batch", "hidden", "rounds", "steps")},
-        "devices": mesh.size,
-        "device": flags.target.chip if flags.target else mesh.devices.flat[0].device_kind,
-        **figures(programs, held, flags, classifier, mesh.size)})
+      found.append(figures(programs, held, flags, classifier, count, mesh))
   for row in found:
     row["images_that_double_a_step"] = doubling(
-      [own for own in found if own["classifier"] == row["classifier"]])
+      [own for own in found if own["config"]["classifier"] == row["config"]["classifier"]])
   return found
 
 
-def figures(programs, held, flags, classifier, devices) -> dict[str, Any]:
-  """One row's numbers. Bytes are those of one device.
+def figures(programs, held, flags, classifier, count, mesh) -> dict[str, Any]:
+  """One row. Bytes are those of one device.
 
   passes_in_step is the step's uint8 bytes without those of the step without attention: how the
   batch's own images are read may differ between the two, which shows where the bank is small.
   """
+  from medattn_jax.programs import report
+
   pixels = flags.image_size**2
   outputs = 1 if classifier == "linear" else 9 * flags.hidden
-  share = held * pixels // devices
+  share, of_map = held * pixels // mesh.size, 4 * held * outputs * pixels
   temporaries = {
     name: one.compiled.memory_analysis().temp_size_in_bytes for name, one in programs.items()}
   found = {
-    "bank_bytes": share, "flops": 4 * held * outputs * pixels, "temporary_bytes": temporaries,
+    "bank_bytes": share, "map_flops": of_map, "temporary_bytes": temporaries,
     "extra_temporaries_over_bank": (temporaries["step"] - temporaries["without"]) / share}
   try:
     moved = {name: traffic.moved(one.text) for name, one in programs.items()}
@@ -129,20 +134,29 @@ def figures(programs, held, flags, classifier, devices) -> dict[str, Any]:
       "float_bytes_over_bank": (of("map", "f32") + of("map", "bf16")) / share}
   except traffic.UnknownLoop:  # the TPU's compiler does not say how often a loop runs
     found |= {"passes": None, "passes_in_step": None, "float_bytes_over_bank": None}
-  times = dict.fromkeys(programs)
-  if not flags.target:
-    alternating = [{name: one.run(flags.steps) for name, one in programs.items()}
-                   for _ in range(flags.rounds)]
-    times = {name: min(one[name] for one in alternating) for name in programs}
-  found |= {f"{name}_ms": times[name] for name in times}
-  found["ratio"] = times["step"] / times["without"] if times["without"] else None
-  return found
+  times = {name: [] for name in programs}
+  for _ in range(0 if flags.target else flags.rounds):
+    for name, one in programs.items():
+      times[name].append(one.run(flags.steps))
+  least = {name: min(own, default=None) for name, own in times.items()}
+  step = programs["step"]
+  return rows.row(
+    "bank", config={
+      "classifier": classifier, "images": count,
+      **{key: getattr(flags, key) for key in
+         ("image_size", "backbone", "hidden", "rounds", "steps")}},
+    devices=mesh.size, device_kind=mesh.devices.flat[0].device_kind, batch=flags.batch,
+    dtype="float32", compile_seconds=step.seconds, milliseconds=times["step"], images=flags.batch,
+    flops=mesh.size * programs["without"].flops + of_map, memory=report.read(step.compiled).peak,
+    without_ms=least["without"], map_ms=least["map"],
+    ratio=least["step"] / least["without"] if least["step"] else None, **found)
 
 
 def doubling(found: Sequence[dict[str, Any]]) -> int | None:
   """At how many images the map takes as long as the step without it: by the largest bank's rate."""
-  last = max(found, key=lambda row: row["images"])
-  return last["map_ms"] and round(last["images"] * last["without_ms"] / last["map_ms"])
+  last = max(found, key=lambda row: row["config"]["images"])
+  images = last["config"]["images"]
+  return last["map_ms"] and round(images * last["without_ms"] / last["map_ms"])
 
 
 def train_program(flags, mesh, classifier: str | None, whole) -> Program:
@@ -189,21 +203,21 @@ def train_program(flags, mesh, classifier: str | None, whole) -> Program:
   if flags.target:
     abstract = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     inputs = {name: abstract(array, split) for name, array in batch.items()}
-    return _read(step.lower(jax.tree.map(abstract, shapes, where), inputs | shared).compile())
+    return _read(lambda: step.lower(jax.tree.map(abstract, shapes, where), inputs | shared))
   state = jax.jit(begin, out_shardings=where)()
   inputs = sharding.put(batch, split) | shared
-  compiled = step.lower(state, inputs).compile()
-  held = [compiled(state, inputs)[0]]  # donated at each call
+  program = _read(lambda: step.lower(state, inputs))
+  held = [program.compiled(state, inputs)[0]]  # donated at each call
 
   def run(times: int) -> float:
     jax.block_until_ready(held)
     start = time.perf_counter()
     for _ in range(times):
-      held[0], _ = compiled(held[0], inputs)
+      held[0], _ = program.compiled(held[0], inputs)
     jax.block_until_ready(held)
     return (time.perf_counter() - start) * 1000 / times
 
-  return _read(compiled)._replace(run=run)
+  return program._replace(run=run)
 
 
 def map_program(flags, mesh, classifier: str, whole) -> Program:
@@ -231,76 +245,81 @@ def map_program(flags, mesh, classifier: str, whole) -> Program:
   kernel, slope = (
     jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.on(mesh, spec))
     for shape, spec in zip(shapes, specs[::2], strict=True))
-  compiled = mapped.lower(kernel, whole.arrays, slope).compile()
+  program = _read(lambda: mapped.lower(kernel, whole.arrays, slope))
   if flags.target:
-    return _read(compiled)
+    return program
   kernel, slope = (
     jax.jit(functools.partial(jnp.ones, one.shape), out_shardings=one.sharding)()
     for one in (kernel, slope))
-  jax.block_until_ready(compiled(kernel, whole.arrays, slope))
+  jax.block_until_ready(program.compiled(kernel, whole.arrays, slope))
 
   def run(times: int) -> float:
     start = time.perf_counter()
     for _ in range(times):
-      answers = compiled(kernel, whole.arrays, slope)
+      answers = program.compiled(kernel, whole.arrays, slope)
     jax.block_until_ready(answers)
     return (time.perf_counter() - start) * 1000 / times
 
-  return _read(compiled)._replace(run=run)
+  return program._replace(run=run)
 
 
-def _read(compiled) -> Program:
-  return Program(compiled, compiled.as_text(), None)
+def _read(lower: Callable[[], Any]) -> Program:
+  from benchmarks import steps
+
+  lowered, compiled, seconds = steps.compiled(lower)
+  cost = lowered.cost_analysis() or {}
+  return Program(compiled, compiled.as_text(), cost.get("flops", 0.0), seconds)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
   """The lines to read. Passes: how often the map's part reads the bank; floats: bytes, in banks."""
-  first = found[0]
-  shown = lambda value, digits=2: "–" if value is None else f"{value:.{digits}f}"
-  heads = ("images", "bank MiB", "step ms", "without", "ratio", "map ms", "passes", "floats",
-           "memory +", "GFLOP")
-  config = first["config"]
-  lines = [f"{first['devices']} × {first['device']}, {config['image_size']}² pixels, "
-           f"{config['backbone']}, batch {config['batch']}",
-           f"{'classifier':12}" + "".join(f"{head:>10}" for head in heads)]
-  for row in found:
-    cells = (f"{row['images']}", shown(row["bank_bytes"] / 2**20, 1), shown(row["step_ms"]),
-             shown(row["without_ms"]), shown(row["ratio"]), shown(row["map_ms"]),
-             shown(row["passes"]), shown(row["float_bytes_over_bank"], 1),
-             shown(row["extra_temporaries_over_bank"]), shown(row["flops"] / 1e9))
-    lines.append(f"{row['classifier']:12}" + "".join(f"{cell:>10}" for cell in cells))
-  lines.append("passes: reads of the bank by the map's part; floats and memory + (the step's "
-               "temporaries over those without): in bank sizes")
+  first, config = found[0], found[0]["config"]
+  lines = [(
+    row["config"]["classifier"], row["config"]["images"], row["bank_bytes"] / 2**20,
+    row["step_ms"] and row["step_ms"]["min"], row["without_ms"], row["ratio"], row["map_ms"],
+    row["passes"], row["float_bytes_over_bank"], row["extra_temporaries_over_bank"],
+    row["map_flops"] / 1e9) for row in found]
+  text = (f"{first['devices']} × {first['device_kind']}, {config['image_size']}² pixels, "
+          f"{config['backbone']}, batch {first['batch']}\n" + rows.table(
+            ("classifier", "images", "bank MiB", "step ms", "without", "ratio", "map ms", "passes",
+             "floats", "memory +", "map GFLOP"), lines))
+  text += ("\nwithout: the step without attention; map: its part alone, forward and gradient\n"
+           "passes: reads of the bank by the map's part; floats and memory + (the step's "
+           "temporaries over those without): in bank sizes")
   if first["map_ms"]:
-    for name in dict.fromkeys(row["classifier"] for row in found):
-      twice = next(row for row in found if row["classifier"] == name)["images_that_double_a_step"]
-      lines.append(f"{name}: the map takes as long as all else from about {twice} images on")
-  return "\n".join(lines)
+    twice = {row["config"]["classifier"]: row["images_that_double_a_step"] for row in found}
+    for name, images in twice.items():
+      text += f"\n{name}: the map takes as long as all else from about {images} images on"
+  return text
 
 
 def plot(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Milliseconds a step by images of the bank; without times, memory by images."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
   timed = found[0]["step_ms"] is not None
-  figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
-  for classifier in dict.fromkeys(row["classifier"] for row in found):
-    own = [row for row in found if row["classifier"] == classifier]
-    heights = [row["step_ms"] if timed else row["temporary_bytes"]["step"] / 2**20 for row in own]
-    panel.plot([row["images"] for row in own], heights, "o-", label=f"bank-{classifier}")
-  if timed:
-    panel.axhline(found[0]["without_ms"], color="0.5", linestyle="--", label="without attention")
-  panel.set(xscale="log", xlabel="images of the bank",
-            ylabel="ms a step" if timed else "temporaries of a step, MiB")
-  panel.set_ylim(bottom=0)
-  panel.grid(alpha=0.3)
-  panel.legend()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+
+  def draw(panel):
+    for classifier in dict.fromkeys(row["config"]["classifier"] for row in found):
+      own = [row for row in found if row["config"]["classifier"] == classifier]
+      heights = [row["step_ms"]["min"] if timed else row["temporary_bytes"]["step"] / 2**20
+                 for row in own]
+      panel.plot([row["config"]["images"] for row in own], heights, "o-",
+                 label=f"with the bank, {classifier}")
+    if timed:
+      panel.axhline(min(row["without_ms"] for row in found), color="0.5", linestyle="--",
+                    label="without attention")
+    images = sorted({row["config"]["images"] for row in found})
+    panel.set(xscale="log", xlabel="images of the bank",
+              ylabel="ms a step" if timed else "temporaries of a step, MiB")
+    panel.set_xticks(images, [f"{count:,}" for count in images])
+    panel.minorticks_off()
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8)
+    config = found[0]["config"]
+    panel.set_title(f"{found[0]['devices']} × {found[0]['device_kind']}, {config['backbone']} "
+                    f"{config['image_size']}², batch {found[0]['batch']}", fontsize=10)
+
+  rows.figure(path, 5.2, 3.6, draw)
 
 
 if __name__ == "__main__":
