@@ -1,13 +1,15 @@
 """Does a global attention pay? Its sources against no attention, over backbones and seeds.
 
-`python -m benchmarks.global_attention [--config=configs/planted_region.py] [--backbones=cnn,…]
-[--sources=none,free,bank-linear,bank-conv,batch,stats] [--seeds=0,1,2] [--set=KEY=VALUE …]
-[--workdir=runs/global_attention] [--least-gain=0] [--least-iou=0.6] [--json] [--plot=FILE]`
+`python -m benchmarks.global_attention [--size=full|small] [--config=configs/planted_region.py]
+[--backbones=cnn,…] [--sources=none,free,bank-linear,bank-conv,batch,stats] [--seeds=0,1,2]
+[--set=KEY=VALUE …] [--workdir=runs/global_attention] [--least-gain=0] [--least-iou=0.6] [--json]
+[--plot=FILE]`
 
 Trains the page once for each backbone, source and seed, each in a workdir of its own; what is
 trained already is not trained again, so the command may be stopped and run anew. Where the images
 are drawn, each seed draws a set with another region. A source is one of the page's, and for those
 that classify pixels the classifier: bank:100-conv is 100 images of the bank, and convolutions.
+--size=small, two minutes at most, shows how it goes: one seed and few steps, too few to judge by.
 
 Ends with a table. Figures are those of the test split. The gain is in accuracy, over `none` of the
 same backbone and seed; intervals are Student's, of 95 %, over seeds. Exits with 1 where a run
@@ -28,6 +30,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import rows
+
+SIZES = {
+  "small": {"sources": ["none", "bank-linear"], "seeds": [0],
+            "workdir": pathlib.Path("runs/global_attention_small")},
+  "full": {"sources": ["none", "free", "bank-linear", "bank-conv", "batch", "stats"],
+           "seeds": [0, 1, 2], "workdir": pathlib.Path("runs/global_attention")},
+}
+FEW = (("phases.joint.steps", "140"), ("phases.frozen.steps", "40"))  # of --size=small
 FIGURES = ("accuracy", "auc", "iou", "area")
 WITHOUT = "none"  # what the others are held against
 JUDGED = "bank-linear"  # of which --least-gain and --least-iou ask
@@ -39,31 +50,29 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--config", default="configs/planted_region.py")
   parser.add_argument("--backbones", type=_words, help="with commas between; else the page's")
-  parser.add_argument(
-    "--sources", type=_words, default="none,free,bank-linear,bank-conv,batch,stats")
-  parser.add_argument("--seeds", type=_numbers, default="0,1,2")
-  parser.add_argument("--workdir", type=pathlib.Path, default="runs/global_attention")
+  parser.add_argument("--sources", type=_words, help="with commas between")
+  parser.add_argument("--seeds", type=_numbers, help="with commas between")
+  parser.add_argument("--workdir", type=pathlib.Path)
   parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", type=_pair, nargs="+",
                       action="extend", default=[], help="keys of the page, for all runs")
   parser.add_argument("--least-gain", type=float, help=f"that {JUDGED} must surely have")
   parser.add_argument("--least-iou", type=float, help=f"that {JUDGED} must have in the mean")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
+  flags = rows.parsed(parser, SIZES, usual="full")
+  if flags.size == "small":
+    flags.overrides = [*FEW, *flags.overrides]
   if flags.least_gain is not None and not {WITHOUT, JUDGED} <= set(flags.sources):
-    parser.error(f"--least-gain asks for the sources {WITHOUT} and {JUDGED}")
+    rows.stop("global_attention", f"--least-gain asks for --sources={WITHOUT},{JUDGED}")
   if flags.least_iou is not None and JUDGED not in flags.sources:
-    parser.error(f"--least-iou asks for the source {JUDGED}")
+    rows.stop("global_attention", f"--least-iou asks for --sources={JUDGED}")
   runs = plan(flags)
   outcomes: dict[tuple[str, str], dict[int, Any]] = {}
   for place, (cell, seed, *asked) in enumerate(runs, 1):
     name = f"[{place} of {len(runs)}] {cell[0]}, {cell[1]}, seed {seed}"
     outcomes.setdefault(cell, {})[seed] = train(folder(flags.workdir, cell, seed), name, *asked)
   cells = summarise(outcomes)
-  if not flags.json:
-    print(table(cells))
-  for cell in cells:
-    print(json.dumps(cell, allow_nan=False))
+  about = {"page": flags.config, "set": dict(flags.overrides)}
+  cells = [{"name": "global_attention", "config": about, **cell} for cell in cells]
+  rows.say(cells, table(cells), flags.json)
   if flags.plot:
     plot(cells, flags.plot)
   missed = shortfalls(cells, flags.least_gain, flags.least_iou)
@@ -98,7 +107,7 @@ def plan(flags: argparse.Namespace) -> list[tuple[tuple[str, str], int, list[str
           words = [f"--config={flags.config}", *(f"--config.{k}={v}" for k, v in overrides)]
           runs.append(((backbone, source), seed, words, whole))
   except UserError as error:
-    sys.exit(f"benchmarks.global_attention: {error}")
+    rows.stop("global_attention", error)
   return runs
 
 
@@ -169,16 +178,16 @@ def summarise(outcomes: Mapping[tuple[str, str], Mapping[int, Any]]) -> list[dic
   """
   cells = []
   for (backbone, source), seeds in outcomes.items():
-    rows = {seed: row for seed, row in seeds.items() if not isinstance(row, str)}
+    known = {seed: row for seed, row in seeds.items() if not isinstance(row, str)}
     line: dict[str, Any] = {
-      "backbone": backbone, "source": source, "seeds": rows,
+      "backbone": backbone, "source": source, "seeds": known,
       "failed": {seed: row for seed, row in seeds.items() if isinstance(row, str)}}
-    line |= {name: interval([row[name] for row in rows.values()]) for name in FIGURES}
+    line |= {name: interval([row[name] for row in known.values()]) for name in FIGURES}
     others = outcomes.get((backbone, WITHOUT), {})
-    shared = [seed for seed in rows if not isinstance(others.get(seed, ""), str)]
+    shared = [seed for seed in known if not isinstance(others.get(seed, ""), str)]
     if source != WITHOUT:
       for key, name in (("gain", "accuracy"), ("gain_auc", "auc")):
-        pairs = [(rows[seed][name], others[seed][name]) for seed in shared]
+        pairs = [(known[seed][name], others[seed][name]) for seed in shared]
         whole = all(None not in pair for pair in pairs)
         line[key] = interval([own - other for own, other in pairs] if whole else [])
       line["verdict"] = verdict(line["gain"])
@@ -262,19 +271,25 @@ def plot(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     figsize=(1.5 + 3.2 * len(backbones), 3.6))
   for panel, backbone in zip(panels[0], backbones, strict=True):
     own = [cell for cell in cells if cell["backbone"] == backbone]
-    for seed in sorted({seed for cell in own for seed in cell["seeds"]}):
+    for number, seed in enumerate(sorted({seed for cell in own for seed in cell["seeds"]})):
       there = [(at, cell["seeds"][seed]["accuracy"]) for at, cell in enumerate(own)
                if seed in cell["seeds"]]
-      panel.plot(*zip(*there, strict=True), "o-", color="0.65", linewidth=0.6, markersize=3)
+      panel.plot(*zip(*there, strict=True), "o-", color="0.65", linewidth=0.6, markersize=3,
+                 label=None if number else "each seed")
     for at, cell in enumerate(own):
       middle = cell["accuracy"]
       if middle["mean"] is None:
         continue
       reach = 0 if middle["low"] is None else middle["high"] - middle["mean"]
-      panel.errorbar(at + 0.12, middle["mean"], reach, fmt="s", color="C0", markersize=4, capsize=3)
+      panel.errorbar(at + 0.12, middle["mean"], reach, fmt="s", color="C0", markersize=4, capsize=3,
+                     label=None if at else "mean, 95 % interval")
     panel.set_xticks(range(len(own)), [cell["source"] for cell in own], rotation=40, ha="right")
     panel.set_title(backbone)
+    panel.margins(x=0.3)
     panel.grid(axis="y", alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+  figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                frameon=False, fontsize=8)
   panels[0][0].set_ylabel("accuracy, test split")
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)

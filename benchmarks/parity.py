@@ -1,13 +1,14 @@
 """Do the backbones answer as the published ones, and what does converting their weights cost?
 
-`python -m benchmarks.parity [--models=resnet50,…] [--reference=golden|torch] [--sizes=197,…]
-[--shared=DIR] [--json]`
+`python -m benchmarks.parity [--size=full|small] [--models=resnet50,…] [--reference=golden|torch]
+[--sizes=197,…] [--shared=DIR] [--json] [--plot=FILE]`
 
 The reference is what torchvision and timm answered for drawn weights and images (../shared, where
 it is beside the checkout), or those libraries themselves, at any size, with weights drawn here.
 Deviations are the largest difference as a share of the range of the reference's logits: in float32
 with the weights' own arithmetic, in bfloat16 as trainings compute (at the first size alone). The
-conversion is from_torch and the copies that make its arrays lie in order.
+conversion is from_torch and the copies that make its arrays lie in order. --size=full is all
+backbones, which take minutes; small the three that compile fastest, at one size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import importlib.util
 import json
 import pathlib
 import statistics
-import sys
 import time
 import tracemalloc
 import zlib
@@ -26,8 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.rows import figure, parsed, say, stop
+
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
-SIZES = (197, 203, 384, 492)
+SIZES = {"small": {"models": "resnet18,googlenet,resnet50", "sizes": "197"},
+         "full": {"models": "", "sizes": "197,203,384,492"}}
 CLASSES = 10
 TORCH = ("torch", "torchvision", "timm")
 
@@ -54,18 +57,19 @@ def main() -> None:
   parser.add_argument("--models", help="with commas between; all by default")
   parser.add_argument("--reference", choices=("golden", "torch"),
                       help="golden where ../shared is, else torch, by default")
-  parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="for --reference=torch")
+  parser.add_argument("--sizes", help="pixels a side, for --reference=torch")
   parser.add_argument("--shared", type=pathlib.Path, default=SHARED, help="of golden answers")
   parser.add_argument("--rounds", type=int, default=3, help="timed forward passes")
-  parser.add_argument("--json", action="store_true", help="the JSON lines alone")
-  flags = parser.parse_args()
+  flags = parsed(parser, SIZES, usual="full")
   rows = []
   for case, reference in cases(flags):
     seen = any(found["config"]["model"] == case.name for found in rows)
     rows.append(row(case, reference, flags.rounds, first=not seen))
     print(json.dumps(rows[-1], allow_nan=False) if flags.json else line(rows[-1]), flush=True)
   if not flags.json:
-    print(summary(rows))
+    say(rows, summary(rows), False)
+  if flags.plot:
+    plot(rows, flags.plot)
 
 
 def cases(flags: argparse.Namespace) -> Iterator[tuple[Case, str]]:
@@ -74,32 +78,28 @@ def cases(flags: argparse.Namespace) -> Iterator[tuple[Case, str]]:
 
   names = flags.models.split(",") if flags.models else list(pretrained.HEADS)
   if unknown := set(names) - set(pretrained.HEADS):
-    stop(f"--models: {', '.join(sorted(unknown))}; accepted: {', '.join(pretrained.HEADS)}")
+    stop("parity", f"--models: {', '.join(sorted(unknown))}; accepted: "
+         f"{', '.join(pretrained.HEADS)}")
   golden = flags.shared / "parity"
   missing = [library for library in TORCH if not importlib.util.find_spec(library)]
   reference = flags.reference or ("golden" if golden.is_dir() else "torch")
   if reference == "golden":
     if not golden.is_dir():
-      stop(f"--shared={flags.shared}: no golden answers there; accepted: their folder, or "
-           "--reference=torch")
+      stop("parity", f"--shared={flags.shared}: no golden answers there; accepted: their folder, "
+           "or --reference=torch")
     for name in names:
       yield of_golden(golden, name), "golden"
     return
   if missing:
-    stop(f"no golden answers in {flags.shared}, and to ask the libraries themselves "
+    stop("parity", f"no golden answers in {flags.shared}, and to ask the libraries themselves "
          f"{', '.join(missing)} would have to be installed; accepted: pip install "
          "'medattn_jax[parity]', or --shared=DIR")
   try:
     sizes = [int(size) for size in flags.sizes.split(",")]
   except ValueError:
-    stop(f"--sizes={flags.sizes}: accepted: whole numbers with commas between")
+    stop("parity", f"--sizes={flags.sizes}: accepted: whole numbers with commas between")
   for name in names:
     yield from ((case, "torch") for case in of_torch(name, sizes))
-
-
-def stop(why: str) -> None:
-  print(f"benchmarks.parity: error: {why}", file=sys.stderr)
-  sys.exit(2)
 
 
 def of_golden(folder: pathlib.Path, name: str) -> Case:
@@ -288,6 +288,26 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
   lines.append("Deviations as shares of the range of the reference's logits, the largest of all "
                "sizes; held: memory taken beside the state dict.")
   return "\n".join(lines)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """The deviations of each backbone, float32 and bfloat16, as shares of the logits' range."""
+  names = list(dict.fromkeys(found["config"]["model"] for found in rows))
+  own = [[found for found in rows if found["config"]["model"] == name] for name in names]
+
+  def draw(panel):
+    for key, label, colour in (("bfloat16_drift", "bfloat16", "#f58518"),
+                               ("deviation", "float32", "#4c78a8")):
+      most = [max(found[key] for found in of if found[key] is not None) for of in own]
+      panel.plot(most, names, "o", color=colour, markersize=7, label=label)
+    panel.set(xscale="log", xlabel="largest difference, as a share of the logits' range")
+    panel.invert_yaxis()
+    panel.margins(x=0.1, y=0.15)
+    panel.grid(alpha=0.3)
+    panel.set_title(f"against {rows[0]['config']['reference']} answers", fontsize=10)
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+  figure(path, 6.2, 1.4 + 0.32 * len(names), draw)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ def stop(benchmark: str, why: object) -> NoReturn:
 
 
 def parsed(
-  parser: argparse.ArgumentParser, sizes: Mapping[str, Mapping[str, Any]]
+  parser: argparse.ArgumentParser, sizes: Mapping[str, Mapping[str, Any]], usual: str = "small"
 ) -> argparse.Namespace:
   """The flags, --size, --plot and --json among them; one not given has its size's value."""
-  parser.add_argument("--size", choices=sizes, default="small", help="defaults of the others")
+  parser.add_argument("--size", choices=sizes, default=usual,
+                      help=f"defaults of the others; {usual} by default")
   parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags = parser.parse_args()

@@ -154,9 +154,11 @@ def test_a_plan_holds_every_run_with_its_own_region():
 @pytest.mark.parametrize(("changed", "said"), [
   ({"sources": ["bunk-linear"]}, "attention.source = 'bunk'"),
   ({"overrides": [("seeed", "3")]}, "seeed"), ({"config": "gone.py"}, "no such file")])
-def test_a_plan_that_cannot_be_is_refused_before_anything_is_trained(changed, said):
-  with pytest.raises(SystemExit, match=said):
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_trained(changed, said, capsys):
+  with pytest.raises(SystemExit) as left:
     compare.plan(flags(**changed))
+  error = capsys.readouterr().err
+  assert left.value.code == 2 and said in error and error.count("\n") == 1
 
 
 @pytest.fixture
@@ -203,3 +205,18 @@ def test_what_is_done_is_not_done_again_and_a_failure_stops_nothing(
   call("--seeds=0,2", "--set", "phases.joint.steps=3", "data.batch_size=16")
   assert len(fake_python.read_text().splitlines()) == 12  # another page is another run
   assert call("--seeds=0,2", "--least-gain=0")[0] == 1  # no gain in equal figures
+  assert bank["name"] == "global_attention" and bank["config"]["page"] == PAGE
+
+
+def test_the_small_size_is_one_seed_of_few_steps(fake_python, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", [
+    "compare", f"--config={PAGE}", "--size=small", f"--workdir={tmp_path / 'runs'}", "--json",
+    "--set", "phases.frozen.steps=7"])
+  with pytest.raises(SystemExit) as ended:
+    compare.main()
+  assert ended.value.code == 0
+  found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [one["source"] for one in found] == ["none", "bank-linear"]
+  calls = fake_python.read_text().splitlines()
+  assert len(calls) == 2 and all("--config.phases.joint.steps=140" in call for call in calls)
+  assert all(call.index("frozen.steps=40") < call.index("frozen.steps=7") for call in calls)
