@@ -289,23 +289,27 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """A bar for each part, the forward pass darker; the whole beside their sum."""
+  from matplotlib import patches
+
+  shades = {"#4c78a8": "forward pass", "#9ecae9": "backward pass", "#54a24b": "update"}
 
   def draw(panel):
     names = [one["config"]["part"] for one in found]
-    colours = ["#9ecae9"] * (len(found) - 2) + ["#bab0ac", "#f58518"]
+    colours = ["#54a24b" if one["forward_ms"] is None else "#9ecae9" for one in found[:-2]]
+    colours += ["#bab0ac", "#f58518"]
     bars = panel.barh(names, [one["step_ms"]["min"] for one in found], color=colours, height=0.65)
     panel.bar_label(bars, [f"{rows.shown(one['step_ms']['min'])} ms, {100 * one['share']:.0f} %"
                            for one in found], padding=4, fontsize=8)
-    panel.barh(names, [one["forward_ms"] or 0 for one in found], color="#4c78a8", height=0.65,
-               label="forward pass")
+    panel.barh(names, [one["forward_ms"] or 0 for one in found], color="#4c78a8", height=0.65)
     panel.invert_yaxis()
     panel.margins(x=0.2)
-    panel.set_xlabel("ms")
+    panel.set_xlabel("ms a step")
     config = found[0]["config"]
     panel.set_title(
       f"{config['backbone']} {config['image_size']}², phase {config['phase']}, "
       f"{found[0]['batch']} patients, {found[0]['device_kind']}", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="center right")
+    panel.legend([patches.Patch(color=colour) for colour in shades], shades.values(),
+                 frameon=False, fontsize=8, loc="upper right")
 
   rows.figure(path, 6.5, 1 + 0.36 * len(found), draw)
 

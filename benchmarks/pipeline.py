@@ -155,12 +155,13 @@ def plot(row: dict[str, Any], path: pathlib.Path) -> None:
   """Images a second by cores, of the pipeline and of bare decoding, and what a device asks for."""
 
   def draw(panel):
-    core = row["images_per_second_per_core"]
-    most = max(2 * row["cores"], math.ceil(1.15 * (row["device_rate"] or 0) / core))
-    for key, label, style in (("images_per_second_per_core", "train_batches", "-"),
-                              ("bare_per_core", "bare JPEG decoding", "--")):
-      panel.plot([0, most], [0, most * row[key]], style, color="#4c78a8", label=label)
-    panel.plot(row["cores"], row["images_per_second"], "o", color="#4c78a8", label="measured here")
+    most = max(2 * row["cores"], (row["cores_for_device_rate"] or 0) + 1)
+    for key, what, style in (("images_per_second_per_core", "train_batches", "-"),
+                             ("bare_per_core", "bare JPEG decoding", "--")):
+      panel.plot([0, most], [0, most * row[key]], style, color="#4c78a8",
+                 label=f"{what}, by processor time")
+    panel.plot(row["cores"], row["images_per_second"], "o", color="#4c78a8",
+               label="train_batches, by the clock")
     if row["device_rate"]:
       needed = row["cores_for_device_rate"]
       panel.axhline(row["device_rate"], color="#f58518", linewidth=1)
@@ -168,6 +169,7 @@ def plot(row: dict[str, Any], path: pathlib.Path) -> None:
       panel.annotate(f"{row['device_rate']:g} images/s: {needed} cores",
                      (0, row["device_rate"]), (4, 4), textcoords="offset points", fontsize=8)
     panel.set(xlabel="cores", ylabel="images/s", xlim=(0, most))
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.set_title(f"{row['config']['image_size']}² JPEGs of {row['bytes_per_image'] / 1000:.0f} "

@@ -144,18 +144,19 @@ def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """Milliseconds of each step, and its program's roofline."""
 
   def draw(panel):
-    names = [f"{one['asked']} {one['config']['phase']}\n{one['config']['parallel']}, "
-             f"{one['devices']} × {one['batch'] // one['devices']}" for one in found]
+    names = [f"{one['asked']}, phase {one['config']['phase']}\n{one['config']['parallel']}, "
+             f"{one['devices']} device{'s' * (one['devices'] > 1)} × "
+             f"{one['batch'] // one['devices']}" for one in found]
     panel.barh(names, [one["step_ms"]["min"] for one in found], height=0.6, color="#4c78a8",
                label="step")
     panel.barh(names, [one["roofline_ms"] for one in found], height=0.25, color="#f58518",
-               label="roofline")
+               label="its roofline")
     for place, one in enumerate(found):
       panel.annotate(f"{rows.shown(one['images_per_second'])} images/s",
                      (max(one["step_ms"]["min"], one["roofline_ms"]), place), (4, 0),
                      textcoords="offset points", va="center", fontsize=8)
     panel.invert_yaxis()
-    panel.set_xlabel("ms")
+    panel.set_xlabel("ms a step")
     panel.margins(x=0.2)
     panel.tick_params(axis="y", labelsize=8)
     panel.set_title(f"{found[0]['device_kind']}, {found[0]['dtype']}", fontsize=10)
