@@ -156,12 +156,13 @@ def dtype_here() -> str:
 def _phase(
   steps: int, optimizer: str, learning_rate: float, schedule: str, *, earlier_rate: float = 1.0,
   weight_decay: float = 0.0, warmup_steps: int = 0, accumulation: int = 1, clip_norm: float = 0.0,
-  ema: float = 0.0,
+  ema: float = 0.0, remat: str = "none",
 ) -> Page:
   return Page(
     steps=steps, learning_rate=learning_rate, earlier_rate=earlier_rate, optimizer=optimizer,
     momentum=0.9, weight_decay=weight_decay, schedule=schedule, warmup_steps=warmup_steps,
-    decay_every=20_000, decay_rate=0.1, accumulation=accumulation, clip_norm=clip_norm, ema=ema)
+    decay_every=20_000, decay_rate=0.1, accumulation=accumulation, clip_norm=clip_norm, ema=ema,
+    remat=remat)
 
 
 def _augment(**changes: Any) -> Page:

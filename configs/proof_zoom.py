@@ -28,6 +28,7 @@ def phase(
   page.decay_every = 20_000
   page.decay_rate = 0.1
   page.accumulation = 1
+  page.remat = "none"
   page.clip_norm = 1.0
   page.ema = ema
   return page

@@ -30,6 +30,7 @@ def phase(steps: int) -> ml_collections.ConfigDict:
   page.decay_every = 20_000
   page.decay_rate = 0.1
   page.accumulation = 12
+  page.remat = "none"
   page.clip_norm = 0.0
   page.ema = 0.0
   return page

@@ -18,10 +18,11 @@ from medattn_jax.errors import UserError, nearest
 
 
 class Rule(NamedTuple):
-  """What a key accepts: a predicate on the value and its words."""
+  """What a key accepts: a predicate on the value and its words; the values, where they are few."""
 
   accepts: Callable[[Any], bool]
   words: str
+  choices: tuple[str, ...] = ()
 
 
 def _is_int(value: Any) -> bool:
@@ -47,7 +48,7 @@ def number(low: float, high: float = math.inf) -> Rule:
 
 
 def one_of(*choices: str) -> Rule:
-  return Rule(lambda v: v in choices, "one of " + ", ".join(choices))
+  return Rule(lambda v: v in choices, "one of " + ", ".join(choices), choices)
 
 
 def numbers(length: int | None = None) -> Rule:
@@ -81,6 +82,7 @@ PHASE = {
     "decay_every": whole(1),
     "decay_rate": number(0, 1),
     "accumulation": whole(1, 1024),
+    "remat": one_of("none", "elementwise", "blocks"),
     "clip_norm": number(0),
     "ema": number(0, 1),
 }
@@ -196,6 +198,8 @@ MODELS = {
 
 # Keys of MODELS that came when there were runs already: by these values those go on as they did.
 LATER = {"model.init_from": "", "model.width": 1.0, "data.frame": "whole"}
+# … and keys of PHASE.
+LATER_OF_PHASES = {"remat": "none"}
 
 
 def load_page(
@@ -279,6 +283,10 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     group, _, name = key.partition(".")
     if name in MODELS.get(named, {}).get(group, {}) and isinstance(values.get(group), Mapping):
       values[group] = {name: value, **values[group]}
+  if isinstance(values.get("phases"), Mapping):
+    values["phases"] = {
+        name: {**LATER_OF_PHASES, **page} if isinstance(page, Mapping) else page
+        for name, page in values["phases"].items()}
   return values
 
 
@@ -360,7 +368,8 @@ def _check_level(config, schema, prefix, source):
         )
       _check_level(value, rule, f"{prefix}{key}.", source)
     elif not rule.accepts(value):
-      raise UserError(f"{source}: {prefix}{key} = {value!r}; accepted: {rule.words}")
+      hint = nearest(value, rule.choices)
+      raise UserError(f"{source}: {prefix}{key} = {value!r}{hint}; accepted: {rule.words}")
 
 
 def _override(config, key, text):

@@ -31,8 +31,9 @@ def refuse_strangers(
 def refuse_other_run(path: pathlib.Path, asked: dict, held: dict, step: int) -> None:
   """Raises UserError naming the first key in which `asked` would begin another run than `held`.
 
-  Free to change: where the data lies; how often is saved, validated and logged; the pages of
-  phases that have not begun; the steps of a phase whose schedule does not depend on them.
+  Free to change: where the data lies; how often is saved, validated and logged; what is computed
+  twice to save memory; the pages of phases that have not begun; the steps of a phase whose schedule
+  does not depend on them.
   """
   old, new = pages.flatten(pages.completed(held)), pages.flatten(asked)
   same_phases = held["phases"].keys() == asked["phases"].keys()
@@ -52,6 +53,7 @@ def free_keys(held: dict, asked: dict, step: int) -> tuple[str, ...]:
   free, begins = FREE, 0
   for name in experiment.phases(config):
     page = config.phases[name]
+    free += (f"phases.{name}.remat",)  # the same numbers
     if begins >= step:
       free += (f"phases.{name}.",)
     elif page.schedule != "cosine" and begins + asked["phases"][name]["steps"] >= step:

@@ -48,7 +48,8 @@ class Experiment:
   ):
     self.config, self.phase, self.page = config, phase, config.phases[phase]
     self.mesh = sharding.mesh(devices)
-    self.model = models.build(config, self.mesh.devices.flat[0].platform)
+    platform = self.mesh.devices.flat[0].platform
+    self.model = models.build(config, platform, remat=self.page.remat)
     self.common = models.common(config, phase)
     self.bank, self.rows = bank, rows
     table = models.PHASES[config.model.name]

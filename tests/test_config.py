@@ -8,6 +8,7 @@ import pytest
 
 from medattn_jax import config, continuation, trained
 from medattn_jax.errors import UserError
+from medattn_jax.models import remat
 
 PAGES = sorted((pathlib.Path(__file__).parents[1] / "configs").rglob("*.py"))
 SMOKE = str(pathlib.Path(__file__).parents[1] / "configs" / "smoke.py")
@@ -70,6 +71,8 @@ def test_overrides_take_the_type_of_the_key():
         ("model.neck_features", "65536", "at most 8192"),
         ("model.attention_features", "65536", "at most 8192"),
         ("phases.c.accumulation", "100000000", "at most 1024"),
+        ("phases.c.remat", "block", "did you mean blocks?); accepted: one of none, elementwise"),
+        ("loss.name", "cross_entropi", "did you mean cross_entropy"),
         ("model.crop_size", "4000", "data.full_size"),
     ],
 )
@@ -162,6 +165,26 @@ def test_a_stored_config_of_before_a_key_came_goes_on_as_it_did():
   for damaged in ({}, {"model": 3}, {"model": {"name": []}}, {"model": {}, "data": 1}):
     with pytest.raises(UserError):
       config.from_dict(damaged)
+
+
+def test_a_run_may_go_on_with_other_parts_computed_twice():
+  """The numbers are the same; and runs of before there was the key kept everything."""
+  old = config.to_dict(config.load_page(SMOKE))
+  for page in old["phases"].values():
+    del page["remat"]
+  assert {page.remat for page in config.from_dict(old).phases.values()} == {"none"}
+  new = config.to_dict(config.load_page(SMOKE, [("phases.m.remat", "blocks")]))
+  for held, asked in ((old, new), (new, old)):
+    continuation.refuse_other_run(pathlib.Path("w"), config.completed(asked), held, 4)
+    trained._agree(config.from_dict(held), {"config": asked}, pathlib.Path("w"))
+  assert "remat" not in old["phases"]["m"]
+  new["phases"]["m"]["ema"] = 0.5
+  with pytest.raises(UserError, match=r"phases\.m\.ema"):
+    continuation.refuse_other_run(pathlib.Path("w"), new, old, 4)
+
+
+def test_a_page_and_the_models_know_the_same_ways_to_compute_twice():
+  assert config.PHASE["remat"].choices == remat.MODES
 
 
 def test_a_page_without_a_new_key_is_no_page(tmp_path):

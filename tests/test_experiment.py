@@ -9,6 +9,8 @@ import pytest
 
 from medattn_jax import config, experiment
 from medattn_jax.errors import UserError
+from medattn_jax.models import remat
+from medattn_jax.programs import report
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SGD = [(f"phases.{p}.optimizer", "sgd") for p in "mac"]
@@ -44,6 +46,31 @@ def test_one_device_and_eight_take_the_same_step():
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale)
   for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(other_stats), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["c", pytest.param("m", marks=pytest.mark.slow)])
+def test_a_step_that_computes_parts_twice_is_the_same_step(phase):
+  """On eight devices, with one all-reduce and every leaf of the state donated."""
+  after = []
+  for mode in remat.MODES:
+    page = smoke((f"phases.{phase}.remat", mode))
+    now = experiment.build(page, phase=phase)
+    small, before = now.put_train([batch(page)]), jax.device_get(now.initial().params)
+    compiled = now.train_step.lower(now.initial(), small).compile()
+    told = report.read(compiled)
+    assert told.counts == {"all-reduce": 1} and not told.collectives[0].inside
+    assert told.donated == len(jax.tree.leaves(now.abstract_state))
+    state, metrics = compiled(now.initial(), small)
+    moved = jax.tree.map(lambda a, b: a - b, jax.device_get(state.params), before)
+    after.append((moved, jax.device_get(state.batch_stats), jax.device_get(metrics), told.flops))
+  (moved, *rest, flops), *others = after
+  scale = max(np.abs(x).max() for x in jax.tree.leaves(moved))
+  for other, *other_rest, _ in others:
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
+    for a, b in zip(jax.tree.leaves(rest), jax.tree.leaves(other_rest), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+  assert flops < others[0][-1] < others[1][-1]  # it does compute them twice
 
 
 def test_a_fixed_m_net_is_bit_equal_after_phase_a_and_a_net_is_not():

@@ -24,6 +24,7 @@ def phase(steps: int, learning_rate: float, warmup_steps: int) -> ml_collections
   page.decay_every = 20_000
   page.decay_rate = 0.1
   page.accumulation = 1
+  page.remat = "none"
   page.clip_norm = 1.0
   page.ema = 0.0
   return page

@@ -85,9 +85,10 @@ ANSWERS = {
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build(config: Any, platform: str = "") -> nn.Module:
-  """The model of a config page, arranged for the devices of a platform ("tpu", …): all
-  arrangements have the same variables and give the same answers.
+def build(config: Any, platform: str = "", remat: str = "none") -> nn.Module:
+  """The model of a config page, arranged for the devices of a platform ("tpu", …), its backbones
+  computing twice in training what `remat` says (one of remat.MODES): all arrangements have the same
+  variables and give the same answers.
 
   Raises:
     UserError: a name that is in none of the tables.
@@ -95,7 +96,7 @@ def build(config: Any, platform: str = "") -> nn.Module:
   model = config.model
   _named("model.name", model.name, PHASES)
   if model.name == "global_attention":
-    return _global_attention(config)
+    return _global_attention(config, remat)
   options = {
     "num_classes": model.num_classes, "neck_features": model.neck_features,
     "image_size": config.data.image_size, "mean": tuple(model.mean), "std": tuple(model.std),
@@ -103,22 +104,24 @@ def build(config: Any, platform: str = "") -> nn.Module:
     "group_size": config.norm.group_size, "norm_momentum": config.norm.momentum,
     "dtype": _named("precision", config.precision, PRECISIONS),
     "backbone": functools.partial(
-      _arranged("model.backbone", model.backbone, platform), **TRUNKS.get(model.backbone, {})),
+      _arranged("model.backbone", model.backbone, platform), remat=remat,
+      **TRUNKS.get(model.backbone, {})),
   }
   if model.name == "m_net":
     return MNet(**options)
   return ZoomInNet(
-    crop_backbone=_arranged("model.crop_backbone", model.crop_backbone, platform),
+    crop_backbone=functools.partial(
+      _arranged("model.crop_backbone", model.crop_backbone, platform), remat=remat),
     attention_features=model.attention_features, attention_kernel=model.attention_kernel,
     crop_size=model.crop_size,
     num_regions=model.num_regions, mask_size=model.mask_size, mask_scope=model.mask_scope,
     coords=model.coords, **options)
 
 
-def _global_attention(config: Any) -> nn.Module:
+def _global_attention(config: Any, remat: str) -> nn.Module:
   model = config.model
   backbone = _named("model.backbone", model.backbone, BACKBONES)
-  options = {"aux": True} if model.backbone in AUXILIARY else {}
+  options = {"remat": remat, **({"aux": True} if model.backbone in AUXILIARY else {})}
   if model.backbone in attending():
     options |= {"stem": model.stem, "width": model.width}
   return GlobalAttention(
@@ -197,7 +200,7 @@ def backbone(name: str, num_classes: int | None = None, **options: Any) -> nn.Mo
 
   x is float [B, H, W, 3]; logits float32 [B, num_classes], None without classes; out holds
   "features" [B, h, w, c] and "pooled" [B, d] float32. `options`: group_size, momentum, dtype,
-  and what else the backbone's class lists.
+  remat, and what else the backbone's class lists.
 
   Raises:
     UserError: an unknown name.

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from medattn_jax.models import blocks
 from medattn_jax.models.blocks import Blocks
+from medattn_jax.models.remat import dear
 
 Array = jax.Array | np.ndarray
 
@@ -183,7 +184,7 @@ def _moments(x, inside, count, channels):
 
 
 def _moments_forward(x, inside, count, channels):
-  mean, var = _moments(x, inside, count, channels)
+  mean, var = dear(_moments(x, inside, count, channels))
   return (mean, var), (x, mean, inside)
 
 
@@ -202,7 +203,7 @@ _moments.defvjp(_moments_forward, _moments_backward)
 
 def _forward(x, scale, bias, inside, epsilon, count):
   wide = x.astype(jnp.float32)
-  mean, var = _moments(x, inside, count, len(scale))
+  mean, var = dear(_moments(x, inside, count, len(scale)))
   inverse = jax.lax.rsqrt(var + epsilon)
   gain = scale * inverse
   y = (wide * _tile(gain, x) + _tile(bias - mean * gain, x)).astype(x.dtype)
@@ -285,19 +286,26 @@ class Conv(nn.Module):
 
   def convolve(self, x: Any, kernel: Float[Array, "k l c d"]) -> Any:
     """The convolution with any kernel of this one's size."""
-    x = jax.tree.map(lambda array: array.astype(self.dtype), x)
-    rows, columns = self.padding or tuple((size - 1) // 2 for size in self.kernel_size)
-    if isinstance(x, Blocks):
-      return blocks.convolve(x, kernel, self.stride, rows)
-    kernel = kernel.astype(self.dtype)
-    if self.kernel_size == (1, 1) and not rows and not columns:
-      x = x[:, ::self.stride, ::self.stride]
-      return jax.lax.platform_dependent(x, kernel[0, 0], tpu=_convolve_point, default=_multiply)
-    if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(self.kernel_size):
-      return _convolve_tiny(x, kernel, self.stride, (rows, columns))
-    return jax.lax.conv_general_dilated(
-      x, kernel, (self.stride, self.stride), ((rows, rows), (columns, columns)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return dear(_convolve(self, x, kernel))
+
+
+def _convolve(conv, x, kernel):
+  x = jax.tree.map(lambda array: array.astype(conv.dtype), x)
+  rows, columns = conv.padding or tuple((size - 1) // 2 for size in conv.kernel_size)
+  if isinstance(x, Blocks):
+    return blocks.convolve(x, kernel, conv.stride, rows)
+  kernel = kernel.astype(conv.dtype)
+  if conv.kernel_size == (1, 1) and not rows and not columns:
+    if conv.stride > 1:
+      # Held apart: a GPU's compiler fails where it fuses this and what is computed twice (see
+      # `remat`) to the product.
+      x = jax.lax.optimization_barrier(x[:, ::conv.stride, ::conv.stride])
+    return jax.lax.platform_dependent(x, kernel[0, 0], tpu=_convolve_point, default=_multiply)
+  if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(conv.kernel_size):
+    return _convolve_tiny(x, kernel, conv.stride, (rows, columns))
+  return jax.lax.conv_general_dilated(
+    x, kernel, (conv.stride, conv.stride), ((rows, rows), (columns, columns)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _multiply(x, kernel):
@@ -337,7 +345,7 @@ def conv_bn(
     offset = held.bias - sign * held.mean.value * gain
     return (y.astype(jnp.float32) * gain + offset).astype(y.dtype)
   groups, inside, count = _grouped(norm, x)
-  mean, var = _moments(groups, inside, count, conv.features)
+  mean, var = dear(_moments(groups, inside, count, conv.features))
   _keep(norm, [held], sign * mean, var)
   gain = scale * jax.lax.rsqrt(var + norm.epsilon)
   wide = y.reshape(*groups.shape[:2], -1, conv.features).astype(jnp.float32)

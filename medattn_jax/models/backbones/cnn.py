@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import scaled
 from medattn_jax.models.norm import Array, ConvBN
 
@@ -31,6 +32,7 @@ class CNN(nn.Module):
     widths: channels of the layers.
     width: share of them that each layer has.
     group_size, momentum: of the normalisation.
+    remat: what training computes twice (see `remat`).
   """
 
   STAGES: ClassVar = ("layer1", "layer2", "layer3")
@@ -42,6 +44,7 @@ class CNN(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -56,12 +59,16 @@ class CNN(nn.Module):
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, dtype=self.dtype)
     x = x.astype(self.dtype)
-    for number, (name, width) in enumerate(zip(self.STAGES, self.widths, strict=True)):
-      if number:
-        x = halved(x)
-      width = scaled(width, self.width)
+    part = remat.parts(self, self.remat, train)
+
+    def layer(x, train, *, number, name, width):
+      x = halved(x) if number else x
       stride = 4 if self.stem == "full" and not number else 1
-      x = unit(width, (3, 3), stride, name=name)(x, train)
+      return unit(width, (3, 3), stride, name=name)(x, train)
+
+    for number, (name, width) in enumerate(zip(self.STAGES, self.widths, strict=True)):
+      width = scaled(width, self.width)
+      x = part(functools.partial(layer, number=number, name=name, width=width), x)
       if stage is not None:
         x = stage(name, x)
     pooled = x.astype(jnp.float32).mean((1, 2))

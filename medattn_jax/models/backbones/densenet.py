@@ -7,26 +7,28 @@ before each convolution.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
+from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 
 
 class DenseLayer(nn.Module):
-  """All features so far → `growth` more, by a 1×1 convolution to 4·growth and a 3×3."""
+  """All features so far, in pieces → `growth` more, by a 1×1 convolution to 4·growth and a 3×3."""
 
   conv: Callable
   norm: Callable
   growth: int
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w growth"]:
+  def __call__(self, pieces: Sequence[Array], train: bool) -> Float[Array, "b h w growth"]:
+    x = jnp.concatenate(pieces, -1)  # here: whoever computes it twice keeps the pieces alone
     y = nn.relu(self.norm(name="norm1")(x, train))
     y = self.conv(4 * self.growth, name="conv1")(y)
     y = nn.relu(self.norm(name="norm2")(y, train))
@@ -59,6 +61,7 @@ class DenseNet(nn.Module):
     stem: "full", as published; "small", for 28 to 64 pixels: 3×3 at stride 1, no pool.
     width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
+    remat: what training computes twice (see `remat`).
   """
 
   STAGES: ClassVar[tuple[str, ...]] = (
@@ -72,6 +75,7 @@ class DenseNet(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -90,22 +94,29 @@ class DenseNet(nn.Module):
     norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
+    part = remat.parts(self, self.remat, train)
     growth = scaled(self.growth, self.width)
-    x = conv(2 * growth, (size, size), stride, name="features-conv0")(x)
-    x = nn.relu(norm(name="features-norm0")(x, train))
-    if not small:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    x = stage("stem", x)
+
+    def stem(x, train):
+      x = conv(2 * growth, (size, size), stride, name="features-conv0")(x)
+      x = nn.relu(norm(name="features-norm0")(x, train))
+      return x if small else nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    def last(x, train):
+      return nn.relu(norm(name="features-norm5")(x, train))
+
+    x = stage("stem", part(stem, x))
     for number, layers in enumerate(self.blocks, 1):
-      block = f"denseblock{number}"
+      block, pieces = f"denseblock{number}", (x,)
       for i in range(1, layers + 1):
         layer = DenseLayer(conv, norm, growth, name=f"features-{block}-denselayer{i}")
-        x = jnp.concatenate([x, layer(x, train)], -1)
+        pieces += (part(layer, pieces),)
+      x = jnp.concatenate(pieces, -1)
       if number < len(self.blocks):
         x = stage(block, x)
-        x = Transition(conv, norm, name=f"features-transition{number}")(x, train)
+        x = part(Transition(conv, norm, name=f"features-transition{number}"), x)
       else:
-        x = stage(block, nn.relu(norm(name="features-norm5")(x, train)))
+        x = stage(block, part(last, x))
     pooled = x.astype(jnp.float32).mean((1, 2))
     logits = (
       None if self.num_classes is None else nn.Dense(self.num_classes, name="classifier")(pooled))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
+from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
 from medattn_jax.models.norm import Array, ConvBN, kernel_init
@@ -93,6 +94,7 @@ class GoogLeNet(nn.Module):
       the first pool.
     width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
+    remat: what training computes twice (see `remat`).
   """
 
   STAGES: ClassVar[tuple[str, ...]] = ("stem", *BLOCKS)
@@ -104,6 +106,7 @@ class GoogLeNet(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -125,18 +128,23 @@ class GoogLeNet(nn.Module):
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
-    x = x.astype(self.dtype)
+    part = remat.parts(self, self.remat, train)
     of = functools.partial(scaled, width=self.width)
-    x = unit(of(64), (size, size), stride, name="conv1")(x, train)
-    if not small:
-      x = ceil_max_pool(x, 3)
-    x = unit(of(64), name="conv2")(x, train)
-    x = unit(of(192), (3, 3), name="conv3")(x, train)
+
+    def first(x, train):
+      x = unit(of(64), (size, size), stride, name="conv1")(x, train)
+      return x if small else ceil_max_pool(x, 3)
+
+    def second(x, train):
+      x = unit(of(64), name="conv2")(x, train)
+      return unit(of(192), (3, 3), name="conv3")(x, train)
+
+    x = part(second, part(first, x.astype(self.dtype)))
 
     auxiliary = {}
     for name in self.STAGES:
       if name in BLOCKS:
-        x = Inception(unit, jax.tree.map(of, BLOCKS[name]), name=name)(x, train)
+        x = part(Inception(unit, jax.tree.map(of, BLOCKS[name]), name=name), x)
       x = stage(name, x)
       if name in AUXILIARY and self._has_auxiliary(train):
         head = AUXILIARY[name]

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from medattn_jax.models import blocks
+from medattn_jax.models import blocks, remat
 from medattn_jax.models.norm import Array, Conv, ConvBN, together
 from medattn_jax.models.pooling import max_pool
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
     parts = side_by_side(self.unit, x, train, self.branches)
     y = Conv(x.shape[-1], use_bias=True, dtype=x.dtype, name="conv2d")(jnp.concatenate(parts, -1))
     x = x + y * self.scale
-    return nn.relu(x) if self.relu else x
+    return remat.last_relu(x) if self.relu else x
 
 
 class Stem(nn.Module):
@@ -108,6 +108,7 @@ class InceptionResNetV2(nn.Module):
     final_conv: ends with the 1×1 convolution `conv2d_7b`, as published. M-Net ends before it.
     group_size, momentum: of the normalisation.
     blocks: computes the stem in blocks of pixels (see `blocks`): for a TPU.
+    remat: what training computes twice (see `remat`).
   """
 
   num_classes: int | None = None
@@ -116,36 +117,44 @@ class InceptionResNetV2(nn.Module):
   momentum: float = 0.9
   dtype: Any = jnp.float32
   blocks: bool = False
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
     """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
+    part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x
-    x = unit(32, (3, 3), 2, (0, 0), name="conv2d_1a")(x, train)
-    x = unit(32, (3, 3), 1, (0, 0), name="conv2d_2a")(x, train)
-    x = unit(64, (3, 3), name="conv2d_2b")(x, train, max_pool)
-    x = unit(80, name="conv2d_3b")(x, train)
-    x = unit(192, (3, 3), 1, (0, 0), name="conv2d_4a")(x, train, max_pool)
-    x = Stem(unit, name="mixed_5b")(x, train)
+
+    def first(x, train):
+      x = unit(32, (3, 3), 2, (0, 0), name="conv2d_1a")(x, train)
+      x = unit(32, (3, 3), 1, (0, 0), name="conv2d_2a")(x, train)
+      return unit(64, (3, 3), name="conv2d_2b")(x, train, max_pool)
+
+    def second(x, train):
+      x = unit(80, name="conv2d_3b")(x, train)
+      return unit(192, (3, 3), 1, (0, 0), name="conv2d_4a")(x, train, max_pool)
+
+    x = part(second, part(first, x))
+    x = part(Stem(unit, name="mixed_5b"), x)
     thirty_five = (
       ((32,),), ((32,), (32, (3, 3))), ((32,), (48, (3, 3)), (64, (3, 3))))
     for i in range(10):
-      x = Block(unit, thirty_five, 0.17, name=f"repeat-{i}")(x, train)
-    x = Reduction(unit, (
-      ((384, (3, 3)),), ((256,), (256, (3, 3)), (384, (3, 3)))), name="mixed_6a")(x, train)
+      x = part(Block(unit, thirty_five, 0.17, name=f"repeat-{i}"), x)
+    x = part(Reduction(unit, (
+      ((384, (3, 3)),), ((256,), (256, (3, 3)), (384, (3, 3)))), name="mixed_6a"), x)
     seventeen = (((192,),), ((128,), (160, (1, 7)), (192, (7, 1))))
     for i in range(20):
-      x = Block(unit, seventeen, 0.10, name=f"repeat_1-{i}")(x, train)
-    x = Reduction(unit, (
+      x = part(Block(unit, seventeen, 0.10, name=f"repeat_1-{i}"), x)
+    x = part(Reduction(unit, (
       ((256,), (384, (3, 3))), ((256,), (288, (3, 3))),
-      ((256,), (288, (3, 3)), (320, (3, 3)))), name="mixed_7a")(x, train)
+      ((256,), (288, (3, 3)), (320, (3, 3)))), name="mixed_7a"), x)
     eight = (((192,),), ((192,), (224, (1, 3)), (256, (3, 1))))
     for i in range(9):
-      x = Block(unit, eight, 0.20, name=f"repeat_2-{i}")(x, train)
-    x = Block(unit, eight, 1.0, relu=False, name="block8")(x, train)
+      x = part(Block(unit, eight, 0.20, name=f"repeat_2-{i}"), x)
+    x = part(Block(unit, eight, 1.0, relu=False, name="block8"), x)
     if self.final_conv:
       x = unit(1536, name="conv2d_7b")(x, train)
     pooled = x.astype(jnp.float32).mean((1, 2))

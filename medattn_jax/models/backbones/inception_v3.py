@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from medattn_jax.models import blocks
+from medattn_jax.models import blocks, remat
 from medattn_jax.models.norm import Array, ConvBN, together
 from medattn_jax.models.pooling import max_pool
 
@@ -129,6 +129,7 @@ class InceptionV3(nn.Module):
     num_classes: of the dense head `fc`; None leaves it out (logits are None).
     group_size, momentum: of the normalisation.
     blocks: computes the stem in blocks of pixels (see `blocks`): for a TPU.
+    remat: what training computes twice (see `remat`).
   """
 
   num_classes: int | None = None
@@ -136,27 +137,35 @@ class InceptionV3(nn.Module):
   momentum: float = 0.9
   dtype: Any = jnp.float32
   blocks: bool = False
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
     """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
+    part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x
-    x = unit(32, (3, 3), 2, (0, 0), name="Conv2d_1a_3x3")(x, train)
-    x = unit(32, (3, 3), 1, (0, 0), name="Conv2d_2a_3x3")(x, train)
-    x = unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train, max_pool)
-    x = unit(80, name="Conv2d_3b_1x1")(x, train)
-    x = unit(192, (3, 3), 1, (0, 0), name="Conv2d_4a_3x3")(x, train, max_pool)
+
+    def first(x, train):
+      x = unit(32, (3, 3), 2, (0, 0), name="Conv2d_1a_3x3")(x, train)
+      x = unit(32, (3, 3), 1, (0, 0), name="Conv2d_2a_3x3")(x, train)
+      return unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train, max_pool)
+
+    def second(x, train):
+      x = unit(80, name="Conv2d_3b_1x1")(x, train)
+      return unit(192, (3, 3), 1, (0, 0), name="Conv2d_4a_3x3")(x, train, max_pool)
+
+    x = part(second, part(first, x))
     for name, features in (("b", 32), ("c", 64), ("d", 64)):
-      x = InceptionA(unit, features, name=f"Mixed_5{name}")(x, train)
-    x = InceptionB(unit, name="Mixed_6a")(x, train)
+      x = part(InceptionA(unit, features, name=f"Mixed_5{name}"), x)
+    x = part(InceptionB(unit, name="Mixed_6a"), x)
     for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
-      x = InceptionC(unit, width, name=f"Mixed_6{name}")(x, train)
-    x = InceptionD(unit, name="Mixed_7a")(x, train)
-    x = InceptionE(unit, name="Mixed_7b")(x, train)
-    x = InceptionE(unit, name="Mixed_7c")(x, train)
+      x = part(InceptionC(unit, width, name=f"Mixed_6{name}"), x)
+    x = part(InceptionD(unit, name="Mixed_7a"), x)
+    x = part(InceptionE(unit, name="Mixed_7b"), x)
+    x = part(InceptionE(unit, name="Mixed_7c"), x)
     pooled = x.astype(jnp.float32).mean((1, 2))
     logits = None if self.num_classes is None else nn.Dense(self.num_classes, name="fc")(pooled)
     return logits, {"features": x, "pooled": pooled}

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
+from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
 
@@ -42,7 +43,7 @@ class Residual(nn.Module):
     if stride > 1 or x.shape[-1] != y.shape[-1]:
       x = self.conv(y.shape[-1], stride=stride, name="downsample-0")(x)
       x = self.norm(name="downsample-1")(x, train)
-    return nn.relu(x + y)
+    return remat.last_relu(x + y)
 
 
 class ResNet(nn.Module):
@@ -55,6 +56,7 @@ class ResNet(nn.Module):
     stem: "full", as published; "small", for 28 to 64 pixels: 3×3 at stride 1, no pool.
     width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
+    remat: what training computes twice (see `remat`).
   """
 
   STAGES: ClassVar[tuple[str, ...]] = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -67,6 +69,7 @@ class ResNet(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -85,11 +88,14 @@ class ResNet(nn.Module):
     norm = functools.partial(GroupBatchNorm, self.group_size, self.momentum)
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
-    x = conv(scaled(64, self.width), (size, size), stride, name="conv1")(x)
-    x = nn.relu(norm(name="bn1")(x, train))
-    if not small:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    x = stage("stem", x)
+    part = remat.parts(self, self.remat, train)
+
+    def stem(x, train):
+      x = conv(scaled(64, self.width), (size, size), stride, name="conv1")(x)
+      x = nn.relu(norm(name="bn1")(x, train))
+      return x if small else nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    x = stage("stem", part(stem, x))
     for number, blocks in enumerate(self.blocks, 1):
       width = scaled(32 << number, self.width)
       for block in range(blocks):
@@ -97,7 +103,7 @@ class ResNet(nn.Module):
         layers = ((width, 3, stride), (width, 3, 1))
         if self.bottleneck:
           layers = ((width, 1, 1), (width, 3, stride), (4 * width, 1, 1))
-        x = Residual(conv, norm, layers, name=f"layer{number}-{block}")(x, train)
+        x = part(Residual(conv, norm, layers, name=f"layer{number}-{block}"), x)
       x = stage(f"layer{number}", x)
     pooled = x.astype(jnp.float32).mean((1, 2))
     logits = None if self.num_classes is None else nn.Dense(self.num_classes, name="fc")(pooled)

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import scaled
 from medattn_jax.models.norm import Array, ConvBN
 
@@ -43,6 +44,7 @@ class ResNetSmall(nn.Module):
     widths, blocks: channels and residual blocks of each stage.
     width: share of the channels that each layer has.
     group_size, momentum: of the normalisation.
+    remat: what training computes twice (see `remat`).
   """
 
   STAGES: ClassVar = ("stage0", "stage1", "stage2")
@@ -55,6 +57,7 @@ class ResNetSmall(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -70,16 +73,24 @@ class ResNetSmall(nn.Module):
       ConvBN, group_size=self.group_size, momentum=self.momentum, dtype=self.dtype)
     x = x.astype(self.dtype)
     first = 2 if self.stem == "small" else 4
+    part = remat.parts(self, self.remat, train)
+
+    def down(x, train, *, number, width):
+      x = space_to_depth(x, 2 if number else first)
+      return unit(width, name=f"down{number}")(x, train)
+
+    def residual(x, train, *, name, width):
+      y = unit(width, (3, 3), name=f"{name}_1")(x, train)
+      # A gamma of zero: every block starts as the identity.
+      y = unit(width, (3, 3), relu=False, scale_init=nn.initializers.zeros, name=f"{name}_2")(
+        y, train)
+      return remat.last_relu(x + y)
+
     for number, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
       width = scaled(width, self.width)
-      x = space_to_depth(x, 2 if number else first)
-      x = unit(width, name=f"down{number}")(x, train)
+      x = part(functools.partial(down, number=number, width=width), x)
       for block in range(blocks):
-        y = unit(width, (3, 3), name=f"stage{number}_{block}_1")(x, train)
-        # A gamma of zero: every block starts as the identity.
-        y = unit(width, (3, 3), relu=False, scale_init=nn.initializers.zeros,
-                 name=f"stage{number}_{block}_2")(y, train)
-        x = nn.relu(x + y)
+        x = part(functools.partial(residual, name=f"stage{number}_{block}", width=width), x)
       if stage is not None:
         x = stage(self.STAGES[number], x)
     pooled = x.astype(jnp.float32).mean((1, 2))

@@ -7,12 +7,14 @@ are (row, column, channel), the published ones (channel, row, column).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
+from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
@@ -34,6 +36,7 @@ class VGG16(nn.Module):
       layers are left out.
     width: share of the published channels that each layer has.
     group_size, momentum: of the normalisation.
+    remat: what training computes twice (see `remat`).
   """
 
   STAGES: ClassVar[tuple[str, ...]] = ("block1", "block2", "block3", "block4", "block5")
@@ -46,6 +49,7 @@ class VGG16(nn.Module):
   group_size: int | None = None
   momentum: float = 0.9
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -63,8 +67,9 @@ class VGG16(nn.Module):
     chance = chance if train else None
     small = is_small(self.stem)
     number = 0
-    for block, (features, layers) in zip(self.STAGES, BLOCKS, strict=True):
-      features = scaled(features, self.width)
+    part = remat.parts(self, self.remat, train)
+
+    def chain(x, train, *, number, features, layers, pool):
       for _ in range(layers):
         conv = Conv(features, (3, 3), use_bias=True, dtype=self.dtype, name=f"features-{number}")
         x = conv(x)
@@ -74,10 +79,14 @@ class VGG16(nn.Module):
           x = norm(x, train)
         x = nn.relu(x)
         number += 2
-      if not small or block != "block1":
-        x = nn.max_pool(x, (2, 2), (2, 2))
-      number += 1
-      x = stage(block, x)
+      return nn.max_pool(x, (2, 2), (2, 2)) if pool else x
+
+    for block, (features, layers) in zip(self.STAGES, BLOCKS, strict=True):
+      own = functools.partial(
+        chain, number=number, features=scaled(features, self.width), layers=layers,
+        pool=not small or block != "block1")
+      x = stage(block, part(own, x))
+      number += (3 if self.norm else 2) * layers + 1
 
     if small or self.hidden is None:
       y = pooled = x.astype(jnp.float32).mean((1, 2))

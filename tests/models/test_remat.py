@@ -1,0 +1,126 @@
+"""What is computed twice gives the numbers of what is kept, and the memory it was meant to save."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medattn_jax import models
+from medattn_jax.models import remat
+
+# A program that is compiled to be read, or run once: its instructions need no polish.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# Of each family the smallest network that has every kind of part, and the side of its pictures.
+NETS = {
+  "cnn": (models.BACKBONES["cnn"], 32),
+  "resnet_small": (models.BACKBONES["resnet_small"], 48),
+  "resnet": (functools.partial(models.BACKBONES["resnet50"], blocks=(1, 2)), 32),
+  "vgg16_bn": (functools.partial(models.BACKBONES["vgg16_bn"], stem="small"), 16),
+  "densenet": (functools.partial(models.BACKBONES["densenet121"], blocks=(2, 3)), 32),
+}
+SLOW = {
+  name: (functools.partial(models.BACKBONES[name], **options), size) for name, options, size in (
+    ("googlenet", {"aux": True}, 32), ("inception_v3", {"blocks": True}, 96),
+    ("inception_resnet_v2", {}, 96))}
+EVERY = [*NETS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def made(name, mode):
+  kind, _ = (NETS | SLOW)[name]
+  return kind(num_classes=3, group_size=2, remat=mode)
+
+
+def pictures(name, count=4):
+  _, size = (NETS | SLOW)[name]
+  return np.random.default_rng(0).standard_normal((count, size, size, 3)).astype(np.float32)
+
+
+def loss(net, x, params, batch_stats):
+  variables = {"params": params, "batch_stats": batch_stats}
+  (logits, out), updates = net.apply(variables, x, train=True, mutable=["batch_stats"])
+  heads = [logits, *(out[name] for name in ("aux1", "aux2") if name in out)]
+  return sum(jnp.square(y - 1).mean() for y in heads), updates
+
+
+def learnt(net, x, variables):
+  """(gradients, updated statistics) of a net's training, and the compiled program."""
+  args = variables["params"], variables["batch_stats"]
+  step = jax.jit(jax.grad(functools.partial(loss, net, x), has_aux=True))
+  compiled = step.lower(*args).compile(compiler_options=QUICK)
+  return jax.device_get(compiled(*args)), compiled
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_variables_are_the_same(name):
+  """Paths, shapes and, of the small networks, every number."""
+  trees = {
+    mode: jax.eval_shape(
+      functools.partial(made(name, mode).init, train=True), jax.random.key(0), pictures(name))
+    for mode in remat.MODES}
+  assert trees["none"]["params"]
+  assert trees["none"] == trees["elementwise"] == trees["blocks"]
+  if name == "resnet_small":
+    drawn = [made(name, mode).init(jax.random.key(0), pictures(name)) for mode in remat.MODES]
+    for other in drawn[1:]:
+      jax.tree.map(np.testing.assert_array_equal, drawn[0], other)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_numbers_are_the_same(name, draw_variables):
+  x = pictures(name)
+  variables = draw_variables(made(name, "none"), x)
+  expected, _ = learnt(made(name, "none"), x, variables)
+  scale = max(np.abs(g).max() for g in jax.tree.leaves(expected[0]))
+  for mode in ("elementwise", "blocks"):
+    found, _ = learnt(made(name, mode), x, variables)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
+
+
+def kept(kind, size, mode, capsys):
+  """(dtype, shape) of all that a network's backward pass is handed, parameters and pictures aside:
+  by JAX. (The peak of a CPU's program does not show it: its scheduler is after parallel work.)"""
+  net = kind(num_classes=3, group_size=2, remat=mode)
+  x = np.ones((4, size, size, 3), np.float32)
+  shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
+  own = lambda params: loss(net, x, params, zeros["batch_stats"])[0]
+  jax.ad_checkpoint.print_saved_residuals(own, zeros["params"])
+  lines = capsys.readouterr().out.splitlines()
+  assert any("from the argument" in line for line in lines)
+  found = [re.match(r"([a-z]+\d*)\[([\d,]*)\]", line) for line in lines
+           if "from the argument" not in line and "from a constant" not in line]
+  return [(one[1], tuple(int(n) for n in one[2].split(",") if n)) for one in found]
+
+
+def test_elementwise_keeps_convolutions_and_statistics_alone(capsys):
+  """Of three bottlenecks, two of which project: three or four outputs each, and the stem's; the
+  mean and variance of their groups; and what leaves the stem and each block."""
+  found = kept(*NETS["resnet"], "elementwise", capsys)
+  convolutions, blocks = 1 + 4 + 4 + 3, 3
+  assert sum(len(shape) == 4 and shape[1] > 1 for _, shape in found) == convolutions + 1 + blocks
+  assert sum(shape[:3] == (2, 1, 1) for _, shape in found) == 2 * convolutions
+  assert {dtype for dtype, _ in found} == {"f32"}  # and no ReLU's mask
+  assert any(dtype == "bool" for dtype, _ in kept(*NETS["resnet"], "none", capsys))
+
+
+def test_blocks_keep_their_inputs_alone(capsys):
+  found = kept(*NETS["resnet"], "blocks", capsys)
+  assert [shape for _, shape in found if len(shape) == 4] == [
+    (4, 8, 8, 64), (4, 8, 8, 256), (4, 4, 4, 512)]
+
+
+def test_a_dense_blocks_memory_grows_as_its_layers(capsys):
+  """Not as their square: the pieces are kept, and joined again in the backward pass."""
+  def numbers(layers, mode):
+    kind = functools.partial(models.BACKBONES["densenet121"], blocks=(layers,))
+    return sum(math.prod(shape) for _, shape in kept(kind, 32, mode, capsys))
+
+  for mode, straight in (("none", False), ("elementwise", True), ("blocks", True)):
+    two, four, eight = (numbers(layers, mode) for layers in (2, 4, 8))
+    assert (eight - four == pytest.approx(2 * (four - two), rel=0.01)) == straight
