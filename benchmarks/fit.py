@@ -1,7 +1,7 @@
 """How many images a chip has room for: the largest batch of a page's train step, on named chips.
 
-`python -m benchmarks.fit --config=FILE [--phase=P] --target=v5e,h200 [--config.KEY=VALUE …]
-[--most=4096] [--json]`
+`python -m benchmarks.fit --config=FILE [--phase=P] --target=v5e,h200 [--remat=none,blocks]
+[--config.KEY=VALUE …] [--most=4096] [--json]`
 
 Compiles the step for each target (a process for each batch that is tried; see benchmarks.aot), with
 as many images a chip as the page's group of normalisation and its pairs allow, and the page's own
@@ -9,13 +9,14 @@ accumulation. A TPU's compiler refuses what has no room; a GPU's and a CPU's do 
 program's peak must be within the memory, on a GPU less 8 % for what its compiler does not know of
 (cuDNN's workspaces, NCCL, the driver). Few batches are tried: after two of them a line through
 their peaks says where to look. Near its limit a compiler may compute things twice to save memory,
-so the largest batch need not be the fastest a image. Exits with 1 where not even the smallest batch
-has room.
+so the largest batch need not be the fastest a image; the same holds of --remat, which searches with
+other values of phases.P.remat. Exits with 1 where not even the smallest batch has room.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -40,6 +41,7 @@ def main() -> None:
   parser.add_argument("--config", required=True, metavar="FILE")
   parser.add_argument("--phase", help="the page's last by default")
   parser.add_argument("--target", required=True, help="with commas between")
+  parser.add_argument("--remat", help="with commas between; the page's own by default")
   parser.add_argument("--most", type=int, default=4096, help="images a chip to try at most")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
@@ -56,8 +58,10 @@ def main() -> None:
 
 
 def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, Any]]:
-  """A row for each target."""
+  """A row for each target and each way to keep what the backward pass needs."""
   from medattn_jax import cli, config, experiment, forecast, models
+  from medattn_jax.errors import nearest
+  from medattn_jax.models import remat
   from medattn_jax.programs import chips
 
   page = config.load_page(flags.config, cli.overrides(rest))
@@ -66,6 +70,12 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
   phase = flags.phase or known[-1]
   if phase not in known:
     raise UserError(f"--phase={phase}; accepted for {page.model.name}: {', '.join(known)}")
+  modes = flags.remat.split(",") if flags.remat else [page.phases[phase].remat]
+  for mode in modes:
+    if mode not in remat.MODES:
+      raise UserError(
+        f"--remat={mode}{nearest(mode, remat.MODES)}; accepted: {', '.join(remat.MODES)}, with "
+        "commas between")
   targets = [chips.target(text) for text in flags.target.split(",")]
   for target in targets:
     if reason := chips.missing(target):
@@ -78,13 +88,14 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
     raise UserError(f"--most={flags.most}; accepted: at least {unit}, the least that the page's "
                     "pairs and norm.group_size allow")
   rows = []
-  for target in targets:
+  for target, mode in itertools.product(targets, modes):
     last = []
 
-    def attempt(images, target=target, last=last):
+    def attempt(images, target=target, mode=mode, last=last):
       page.data.batch_size = images * target.count // each
-      print(f"compiling {phase} for {target}, {images} images a chip …", file=sys.stderr,
-            flush=True)
+      page.phases[phase].remat = mode
+      print(f"compiling {phase} for {target}, remat {mode}, {images} images a chip …",
+            file=sys.stderr, flush=True)
       found = forecast.of(page, phase, target)
       last[:] = [found]
       return Try(images, found.fits, found.needs)
@@ -93,7 +104,7 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
     best = max((one.images for one in tried if one.fits), default=0)
     rows.append({
       "name": "fit", "config": {"file": flags.config, "overrides": list(rest)}, "phase": phase,
-      "target": str(target), "device_kind": last[0].kind, "devices": target.count,
+      "remat": mode, "target": str(target), "device_kind": last[0].kind, "devices": target.count,
       "dtype": page.precision, "images_per_chip": best, "unit": unit,
       "batch_size": best * target.count // each,
       "memory_bytes": last[0].memory, "accepted_bytes": room(target),
@@ -152,7 +163,7 @@ def words(row: Mapping[str, Any]) -> str:
     of = f" of {row['accepted_bytes'] / 1e9:.2f}" if row["accepted_bytes"] else ""
     lines.append(f"  {one['images']:5} images a chip {needs}{of}  "
                  f"{'fits' if one['fits'] else 'does not fit'}")
-  where = f"{row['phase']} on {row['target']}"
+  where = f"{row['phase']} on {row['target']}, remat {row['remat']}"
   if not row["images_per_chip"]:
     head = (f"{where}: not even {row['unit']} images fit; accepted: a smaller norm.group_size, "
             "data.image_size or model.crop_size")

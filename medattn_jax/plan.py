@@ -12,6 +12,7 @@ import rich.table
 from medattn_jax import config, console, experiment, forecast
 from medattn_jax.errors import UserError
 from medattn_jax.forecast import Forecast
+from medattn_jax.models import remat
 from medattn_jax.programs import chips
 
 MODEL = "a model from data sheets, not a measurement; real runs are slower"
@@ -98,7 +99,9 @@ def verdicts(page: ml_collections.ConfigDict, found: Sequence[Forecast], path: s
   alone = chips.Target(target.chip, "" if target.sheet else target.topology)
   lines += [
     f"phase {one.phase} does not fit: python -m benchmarks.fit --config={path} "
-    f"--phase={one.phase} --target={alone} finds the largest batch that does"
+    f"--phase={one.phase} --target={alone} --remat={','.join(remat.MODES)} finds the largest "
+    f"batch that does, also where parts are computed twice to save memory "
+    f"(phases.{one.phase}.remat = {page.phases[one.phase].remat} here)"
     for one in found if not one.fits]
   if page.precision == "float32" and target.sheet:
     lines.append("precision = float32: the arithmetic is reckoned at bfloat16's rate all the same; "

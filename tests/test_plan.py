@@ -45,6 +45,7 @@ def test_what_does_not_fit_comes_with_the_way_to_what_does():
   lines = plan.verdicts(page(), [refused, made("frozen", 1.0)], PAGE, chips.target("v5e:2x4"))
   (advice,) = [line for line in lines if "does not fit" in line]
   assert f"python -m benchmarks.fit --config={PAGE} --phase=joint --target=v5e " in advice
+  assert "--remat=none,elementwise,blocks" in advice and "phases.joint.remat = none here" in advice
   assert not any("all phases" in line for line in lines)
 
 

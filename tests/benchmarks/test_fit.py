@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import types
 
 import pytest
 
@@ -61,15 +62,15 @@ def test_it_stops_where_it_is_told_to():
 
 
 def row(**changed):
-  return {"phase": "m", "target": "h200:8", "images_per_chip": 6, "unit": 2, "batch_size": 24,
-          "devices": 8, "accepted_bytes": 139e9, "more_may_fit": False,
+  return {"phase": "m", "target": "h200:8", "remat": "blocks", "images_per_chip": 6, "unit": 2,
+          "batch_size": 24, "devices": 8, "accepted_bytes": 139e9, "more_may_fit": False,
           "tried": [{"images": 6, "fits": True, "needs": 130e9},
                     {"images": 8, "fits": False, "needs": None}], **changed}
 
 
 def test_the_answer_names_the_key_of_the_page():
   assert fit.words(row()).splitlines()[0] == (
-    "m on h200:8: 6 images a chip: data.batch_size = 24 on 8 of them")
+    "m on h200:8, remat blocks: 6 images a chip: data.batch_size = 24 on 8 of them")
   assert "perhaps more (--most)" in fit.words(row(more_may_fit=True))
   assert "not even 2 images fit" in fit.words(row(images_per_chip=0))
 
@@ -84,6 +85,8 @@ def call(monkeypatch, *words):
 @pytest.mark.parametrize(("words", "said"), [
   (["--target=here"], "a chip's name, or cpu:N"), (["--target=v5e:9"], "topology '9'"),
   (["--target=cpu:2", "--phase=a"], "--phase=a; accepted for global_attention: joint, frozen"),
+  (["--target=cpu:2", "--remat=none,block"],
+   "--remat=block (did you mean blocks?); accepted: none, elementwise, blocks"),
   (["--target=cpu:2", "--most=1"], "--most=1; accepted: at least 2")])
 def test_a_mistake_is_one_line(words, said, monkeypatch, capsys):
   assert call(monkeypatch, *words) == 2
@@ -98,6 +101,28 @@ def test_batches_are_compiled_as_the_page_has_them(monkeypatch, capsys):
   (found,) = map(json.loads, capsys.readouterr().out.splitlines())
   assert (found["images_per_chip"], found["batch_size"], found["unit"]) == (2, 4, 2)
   assert found["more_may_fit"] and found["tried"][0]["needs"] > 1000
+
+
+def test_each_way_to_keep_activations_is_searched(monkeypatch, capsys):
+  """With the page's own where none is named; the compiler is told which."""
+  from medattn_jax import forecast
+
+  asked = []
+
+  def of(page, phase, target):
+    mode, images = page.phases[phase].remat, page.data.batch_size // target.count
+    asked.append(mode)
+    needs = images * {"none": 4, "elementwise": 2, "blocks": 1}[mode]
+    return types.SimpleNamespace(fits=needs <= 40, needs=needs, kind="cpu", memory=40)
+
+  monkeypatch.setattr(forecast, "of", of)
+  assert call(monkeypatch, "--target=cpu:2", "--remat=blocks,none", "--json") == 0
+  rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [(row["remat"], row["images_per_chip"]) for row in rows] == [("blocks", 40), ("none", 10)]
+  asked.clear()
+  assert call(monkeypatch, "--target=cpu:2", "--config.phases.frozen.remat=elementwise") == 0
+  assert set(asked) == {"elementwise"}
+  assert "frozen on cpu:2, remat elementwise: 20 images a chip" in capsys.readouterr().out
 
 
 @pytest.mark.slow
