@@ -11,6 +11,7 @@ its pins.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -233,7 +234,9 @@ def _fusion(program, one, shapes, near) -> collections.Counter:
   given = [one.shape]  # the fusion's own type tells where its results lie
   if roots[0].kind == "tuple":
     roots = [body[name] for name in roots[0].operands]
-    given = [array.group() for array in _ARRAY.finditer(one.shape)]
+    arrays = (array.group() for array in _ARRAY.finditer(one.shape))
+    # One of a fusion's results may be several itself, of a reduction of several arrays at once.
+    given = [", ".join(itertools.islice(arrays, len(_ARRAY.findall(root.shape)))) for root in roots]
   for root, shape in zip(roots, given, strict=True):
     while root.kind in _SAME and root.operands:
       root = body[root.operands[0]]

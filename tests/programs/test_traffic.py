@@ -96,3 +96,34 @@ def test_what_stays_within_the_chip_is_told_from_what_passes_its_pins():
   far = {one.name: sum(bytes.values()) // each
          for one, _, bytes in traffic.each(ON_CHIP, near=traffic.VMEM)}
   assert far == {"cs": 1, "ss": 1, "f": 1, "sum": 2}
+
+
+def test_a_fusions_result_may_be_several_itself():
+  """A reduction of two arrays at once beside what is written whole."""
+  text = """HloModule m
+
+%both (a: f32[], b: f32[], c: f32[], d: f32[]) -> (f32[], f32[]) {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  %c = f32[] parameter(2)
+  %d = f32[] parameter(3)
+  %e = f32[] add(%a, %c)
+  %f = f32[] add(%b, %d)
+  ROOT %g = (f32[], f32[]) tuple(%e, %f)
+}
+
+%sums (p: bf16[64,128]) -> ((f32[128], f32[128]), bf16[64,128]) {
+  %p = bf16[64,128]{1,0} parameter(0)
+  %w = f32[64,128]{1,0} convert(%p)
+  %z = f32[] constant(0)
+  %r = (f32[128]{0}, f32[128]{0}) reduce(%w, %w, %z, %z), dimensions={0}, to_apply=%both
+  %n = bf16[64,128]{1,0} negate(%p)
+  ROOT %t = ((f32[128]{0}, f32[128]{0}), bf16[64,128]{1,0}) tuple(%r, %n)
+}
+
+ENTRY %main (x: bf16[64,128]) -> ((f32[128], f32[128]), bf16[64,128]) {
+  %x = bf16[64,128]{1,0} parameter(0)
+  ROOT %fusion = ((f32[128]{0}, f32[128]{0}), bf16[64,128]{1,0}) fusion(%x), kind=kLoop, calls=%sums
+}
+"""
+  assert traffic.moved(text) == {"bf16": 2 * 2 * 64 * 128, "f32": 2 * 4 * 128}
