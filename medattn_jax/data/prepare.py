@@ -180,6 +180,8 @@ def _prepare(
     _write_rejected(data_dir, old["about"]["rejected"])
     console.say(f"{final} is made of this input already: nothing to do")
     return _report(final, data_dir)
+  if store.is_symlink():  # what it leads to is not ours
+    raise UserError(f"{store} is a link; accepted: a folder that prepare made, or none")
   store.mkdir(exist_ok=True)
   if old:
     console.say(f"the input is not what {final} was made of: it is made anew")

@@ -111,9 +111,15 @@ def test_pages_that_are_left_out_are_told(camera, tmp_path, capsys):
   assert "1 photographs have several pages or frames, of which the first" in capsys.readouterr().err
 
 
-def test_what_a_lock_links_to_is_not_emptied(camera, tmp_path):
+def test_what_a_strangers_links_lead_to_is_not_written_to(camera, tmp_path):
   camera.both(["a.jpg"])
   (tmp_path / "data").mkdir()
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "data" / ".prepare-csv").symlink_to(tmp_path / "theirs")
+  with pytest.raises(UserError, match=r"\.prepare-csv is a link; accepted"):
+    prepare(camera, tmp_path / "data")
+  assert not list((tmp_path / "theirs").iterdir())
+  (tmp_path / "data" / ".csv.lock").unlink()
   (tmp_path / "mine.txt").write_text("mine")
   (tmp_path / "data" / ".csv.lock").symlink_to(tmp_path / "mine.txt")
   with pytest.raises(UserError, match=r"\.csv\.lock: Too many levels of symbolic links"):
