@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from medattn_jax import studies
+from medattn_jax import console, studies
 from medattn_jax.errors import UserError
 from medattn_jax.signals import Stopped
 
@@ -300,7 +300,7 @@ def quiet_libraries() -> None:
 
 
 def fail(message: str) -> NoReturn:
-  message = " ".join(message.split())
+  message = console.plain(" ".join(message.split()))
   print(f"medattn: error: {message}", file=sys.stderr)
   leave(2, message)
 

@@ -52,9 +52,14 @@ def duration(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def plain(text: str) -> str:
+  """`text` with codes for what would move a terminal: the name of a file may hold anything."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _line(text: str) -> None:
   _clear()
-  print(f"medattn: {text}", file=sys.stderr, flush=True)
+  print(f"medattn: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def _clear() -> None:

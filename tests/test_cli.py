@@ -30,6 +30,7 @@ def medattn(*arguments):
         (["import-weights", "--model=resnet50", "--out=w"], "--weights"),
         (["import-weights", "--model=resnet5", "--weights=a.pth", "--out=w"], "mean resnet50?"),
         (["export", "--workdir=w"], "--out"),
+        (["evaluate", "--workdir=\x1b]0;no\x07"], r"\x1b]0;no\x07: no such folder"),
         (["export", "--workdir=w", "--out=tests"], "not empty"),
         (["export", "--workdir=no/such/run", "--out=new"], "no/such/run: no such folder"),
     ],
