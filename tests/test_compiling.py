@@ -49,6 +49,27 @@ def test_later_phases_are_compiled_while_the_first_one_runs():
     assert compiling.step(later).step == "c train"
 
 
+def test_what_the_run_waits_for_is_traced_first_and_alone():
+  """Planted: the later phase, which has more to learn, would take the first one's time."""
+  order = []
+
+  class Traced(Phase):
+    def _lowered(self, name):
+      order.append(f"> {self.phase} {name}")
+      time.sleep(0.02)
+      order.append(f"< {self.phase} {name}")
+      return super()._lowered(name)
+
+  first, second, last = Traced("m"), Traced("a"), Traced("c", trained=("m_net", "a_net", "c_net"))
+  with Compiling() as compiling:
+    compiling.ask(first, second, last)
+    compiling.step(second)
+    compiling._pool.shutdown()
+  names = [line[2:] for line in order]
+  assert names[0::2] == names[1::2]  # none begins before another one ends
+  assert names[0] == "m train"
+
+
 def test_what_a_compilation_raised_is_raised_where_its_step_is_wanted():
   good, bad = Phase("m"), Phase("c")
   bad.compiled.append("train")
