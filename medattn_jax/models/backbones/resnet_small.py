@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
@@ -24,10 +25,20 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
   rows, columns = -x.shape[1] % block, -x.shape[2] % block
   x = jnp.pad(x, ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2),
                   (0, 0)))
-  batch, height, width, channels = x.shape
-  x = x.reshape(batch, height // block, block, width // block, block, channels)
-  return x.transpose(0, 1, 3, 2, 4, 5).reshape(
-    batch, height // block, width // block, block * block * channels)
+
+  def folded(x):
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // block, block, width // block, block, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(
+      batch, height // block, width // block, block * block * channels)
+
+  def one_by_one(x):
+    # In a loop of its own: XLA's CPU would else compute x number by number as it is folded.
+    if not isinstance(x.shape[0], int):  # exported for any number of images
+      return folded(x)
+    return jax.lax.map(lambda image: folded(image[None])[0], x)
+
+  return jax.lax.platform_dependent(x, cpu=one_by_one, default=folded)
 
 
 class ResNetSmall(nn.Module):
