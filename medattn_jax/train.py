@@ -245,6 +245,10 @@ def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
 def keep_compiled(folder: pathlib.Path) -> None:
   """Compiled programs of this run are kept in its workdir: a second start compiles nothing."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  if jax.default_backend() != "gpu":
+    # XLA's cache of kernels, which GPUs alone have: with it each key would hold the folder's name,
+    # and a workdir that was moved would be compiled anew.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
