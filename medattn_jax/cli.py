@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = make_parser()
   known, rest = parser.parse_known_args(arguments)
   try:
+    os.getcwd()
+  except OSError as error:  # removed under the shell that is still in it
+    fail(f"the current folder: {(error.strerror or str(error)).lower()}; accepted: one that is "
+         "there")
+  try:
     known.run(known, rest)
   except UserError as error:
     fail(str(error))

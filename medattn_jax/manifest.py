@@ -6,6 +6,7 @@ whoever may write the folder may write a manifest to it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -44,17 +45,10 @@ def write(folder: pathlib.Path, facts: dict) -> None:
 
 def read(folder: pathlib.Path) -> dict:
   """The facts and "files" of a manifest that is byte for byte as written; Broken otherwise."""
-  try:
+  with contextlib.suppress(OSError):  # it is said below what is missing
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
       raise Broken("it is no directory")
-    found = os.lstat(folder / NAME)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
-      raise Broken(f"{NAME} is no manifest")
-    raw = (folder / NAME).read_bytes()
-  except FileNotFoundError:
-    raise Broken(f"{NAME} is missing") from None
-  except OSError as error:
-    raise Broken(f"{NAME}: {error.strerror}") from None
+  raw = _plain(folder, NAME)
   try:
     content = json.loads(raw)
     content.pop("sha256")
@@ -101,18 +95,22 @@ def check(folder: pathlib.Path, *, sums: bool = True) -> dict:
 def read_file(folder: pathlib.Path, name: str) -> bytes:
   """The bytes of one small file, compared with the manifest. Raises Broken."""
   expected = read(folder)["files"].get(name)
+  raw = _plain(folder, name)
+  if expected != {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}:
+    raise Broken(f"{name} is not what was written")
+  return raw
+
+
+def _plain(folder: pathlib.Path, name: str) -> bytes:
+  """The bytes of a small file that is no link. Raises Broken."""
   try:
-    found = os.lstat(folder / name)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
-      raise Broken(f"{name} is no plain file, or too large")
-    raw = (folder / name).read_bytes()
+    if stat.S_ISLNK(os.lstat(folder / name).st_mode):
+      raise Broken(f"{name} is a link")
+    return files.read_bytes(folder / name, _MAX_BYTES)
   except FileNotFoundError:
     raise Broken(f"{name} is missing") from None
   except OSError as error:
     raise Broken(f"{name}: {error.strerror}") from None
-  if expected != {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}:
-    raise Broken(f"{name} is not what was written")
-  return raw
 
 
 def _listing(folder: pathlib.Path) -> list[str]:

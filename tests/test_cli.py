@@ -1,5 +1,7 @@
 """Mistakes are one line and exit status 2; help is quick."""
 
+import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -72,3 +74,13 @@ def test_sigterm_ends_any_command_with_its_status():
   code += "cli.doctor = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.main(['doctor'])"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
   assert (done.returncode, done.stderr) == (143, "")
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path):
+  (tmp_path / "gone").mkdir()
+  root = pathlib.Path(__file__).resolve().parents[1]
+  line = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && {' '.join(COMMAND)} evaluate --workdir=w"
+  done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False,
+                        env={**os.environ, "PYTHONPATH": str(root)})
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert done.stderr.startswith("medattn: error: the current folder: no such file or directory")

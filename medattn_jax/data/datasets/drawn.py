@@ -57,14 +57,25 @@ def build(make: Callable[[], Any], data_dir: str | os.PathLike) -> Any:
 
 
 def splits(
-  config: Any, examples: Callable[[range], Iterable[tuple[str, dict]]]
+  name: str,
+  what: str,
+  config: Any,
+  examples: Callable[[Progress, range], Iterable[tuple[str, dict]]],
 ) -> dict[str, Iterable[tuple[str, dict]]]:
-  """TFDS's split generators: disjoint ranges of numbers; a split of 0 is left out."""
+  """TFDS's split generators: disjoint ranges of numbers; a split of 0 is left out.
+
+  Args:
+    name: of the data set. what: the numbers are of, as in "patients".
+    config: has `size`, and of each split how many.
+    examples: draws those of a range, and tells how far it is.
+  """
+  total = sum(getattr(config, split) for split in schema.SPLITS)
+  progress = Progress(name, what, total, config.size)
   first, made = 0, {}
   for split in schema.SPLITS:
     count = getattr(config, split)
     if count:
-      made[split] = examples(range(first, first + count))
+      made[split] = examples(progress, range(first, first + count))
     first += count
   return made
 

@@ -46,10 +46,7 @@ class SyntheticFundus(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    config = self.builder_config
-    total = sum(getattr(config, split) for split in schema.SPLITS)
-    progress = drawn.Progress(self.name, "patients", total, config.size)
-    return drawn.splits(config, functools.partial(self._generate_examples, progress))
+    return drawn.splits(self.name, "patients", self.builder_config, self._generate_examples)
 
   def _generate_examples(self, progress, patients):
     config = self.builder_config
