@@ -98,8 +98,9 @@ def test_the_compilers_of_chips_that_are_not_here(target, tmp_path, monkeypatch)
     pytest.skip(reason)
   keep = tmp_path / "program.txt"
   found = forecast.of(page("tiny", data__batch_size="16"), "joint", target, 3, 4, str(keep))
-  assert found.report.counts == {"all-reduce": 1} and not any(
-    one.inside for one in found.report.collectives)
+  assert set(found.report.counts) == {"all-reduce"} and set(found.report.wire) == {"f32"}
+  assert found.report.counts["all-reduce"] <= (2 if target.tpu else 1)
+  assert not any(one.inside for one in found.report.collectives)
   assert found.report.donated == found.leaves
   assert found.fits and found.needs < 1e9
   assert found.bound.seconds > 0 and found.flops > 1e7

@@ -53,7 +53,7 @@ def batch(accumulation=1, patients=8, seed=0):
   }
 
 
-def make(devices, *, trained=("first", "second"), augmentation=MOVING, ema=0.0, rate=0.1):
+def make(devices, *, trained=("first", "second"), augmentation=MOVING, ema=0.0, rate=0.1, **more):
   mesh = sharding.mesh(jax.devices()[:devices])
   model, optimizer = Two(), optax.sgd(rate, momentum=0.9)
   variables = model.init(jax.random.key(0), np.zeros((1, 2, 8, 8, 3), np.uint8))
@@ -63,7 +63,7 @@ def make(devices, *, trained=("first", "second"), augmentation=MOVING, ema=0.0, 
   state = State(jnp.zeros((), jnp.int32), params, stats, {}, opt_state, average)
   step = make_train_step(
       model.apply, optimizer, mesh, state=state, seed=7, trained=trained,
-      answers=("logits", "y", "z"), loss=LOSS, augmentation=augmentation, ema=ema,
+      answers=("logits", "y", "z"), loss=LOSS, augmentation=augmentation, ema=ema, **more,
   )  # fmt: skip
   return step, jax.device_put(state, sharding.replicated(mesh)), mesh
 
@@ -162,6 +162,27 @@ def test_compiled_program_has_one_all_reduce_outside_loops_and_donates_its_state
   assert " all-reduce(" in entry or " all-reduce-start(" in entry
   aliases = len(re.findall(r"(?:may|must)-alias\)", text[: text.index("\n")]))
   assert aliases == len(jax.tree.leaves(state))
+
+
+def test_kernels_summed_as_they_lie_give_the_same_numbers():
+  """As on a TPU: beside the vector of all else, each of the four kernels by itself, in float32."""
+  batches = [batch(seed=s) for s in range(2)]
+  joined, losses = run(8, batches)
+  apart, apart_losses = run(8, batches, kernels_alone=True)
+  np.testing.assert_allclose(losses, apart_losses, rtol=1e-6)
+  assert_close(joined, apart, rtol=1e-6, atol=1e-7)
+  summed = []
+  for alone in (False, True):
+    step, state, mesh = make(8, kernels_alone=alone)
+    put = sharding.put(batch(), sharding.batched(mesh, axis=1))
+    text = step.lower(state, put).as_text()
+    summed.append(re.findall(
+      r'all_reduce"?\(.*?\) -> tensor<([\dx]*)xf32>', text, re.DOTALL))
+  (vector,), apart = summed
+  kernels = sorted(["3x3x3x4", "4x5"] * 2)
+  assert sorted(shape for shape in apart if "x" in shape) == kernels
+  (rest,) = (shape for shape in apart if "x" not in shape)
+  assert int(rest) == int(vector) - 2 * (3 * 3 * 3 * 4 + 4 * 5)
 
 
 @pytest.mark.slow
