@@ -213,11 +213,13 @@ def _forward(x, scale, bias, inside, epsilon, count):
 def _backward(epsilon, count, saved, cotangents):
   x, scale, mean, inverse, inside = saved
   gradient = cotangents[0].astype(jnp.float32)
-  unit = (x.astype(jnp.float32) - _tile(mean, x)) * _tile(inverse, x)
+  centred = x.astype(jnp.float32) - _tile(mean, x)
   along_one = _total(gradient, inside, len(scale))
-  along_unit = _total(gradient * unit, inside, len(scale))
-  dx = _tile(scale * inverse, x) * (
-    gradient - _tile(along_one / count, x) - unit * _tile(along_unit / count, x))
+  along_unit = inverse * _total(gradient * centred, inside, len(scale))
+  # All that is of a channel first: of each pixel two products are left.
+  gain = scale * inverse
+  slope, offset = gain * inverse * along_unit / count, gain * along_one / count
+  dx = _tile(gain, x) * gradient - _tile(slope, x) * centred - _tile(offset, x)
   if inside is not None:
     dx = jnp.where(inside, dx, 0)
   return dx.astype(x.dtype), along_unit.sum((0, 1, 2)), along_one.sum((0, 1, 2)), None
