@@ -392,9 +392,25 @@ def together(
   """
   if max(unit.features for unit in units) >= 128:
     return [unit(x, train) for unit in units]
-  kernels = [unit.conv.weights(x.shape[-1])[0] for unit in units]
+  y = joined(units, x, train, [slice(0, x.shape[-1])] * len(units))
+  return jnp.split(y, np.cumsum([unit.features for unit in units])[:-1], axis=-1)
+
+
+def joined(
+  units: Sequence[ConvBN], x: Float[Array, "b h w c"], train: bool, reads: Sequence[slice],
+) -> Float[Array, "b h2 w2 d"]:
+  """Side by side what each unit makes of its channels of `x`, all computed as one.
+
+  Args:
+    units: differ in their features alone.
+    reads: which channels are whose. The others meet zeros in its kernel.
+  """
+  kernels = []
+  for unit, read in zip(units, reads, strict=True):
+    kernel, _ = unit.conv.weights(read.stop - read.start)
+    around = (read.start, x.shape[-1] - read.stop)
+    kernels.append(jnp.pad(kernel, ((0, 0), (0, 0), around, (0, 0))) if any(around) else kernel)
   y = units[0].conv.convolve(x, jnp.concatenate(kernels, -1))
   held = [unit.bn.values(unit.features) for unit in units]
   y = normalise(units[0].bn, held, y, train)
-  y = nn.relu(y) if units[0].relu else y
-  return jnp.split(y, np.cumsum([unit.features for unit in units])[:-1], axis=-1)
+  return nn.relu(y) if units[0].relu else y

@@ -12,10 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from medattn_jax.models import blocks, remat
-from medattn_jax.models.norm import Array, Conv, ConvBN, together
+from medattn_jax.models.norm import Array, Conv, ConvBN, joined, together
 from medattn_jax.models.pooling import max_pool
 
 
@@ -41,6 +42,24 @@ def side_by_side(unit: Callable, x: Array, train: bool, branches: Sequence) -> l
     for i, (b, y) in enumerate(zip(branches, firsts, strict=True))]
 
 
+def abreast(unit: Callable, x: Array, train: bool, branches: Sequence) -> Array:
+  """side_by_side's answers in one array, the layers of one depth computed as one.
+
+  Each depth reads all that the one before has made. Layers of one depth have one kernel size.
+  """
+  reads, parts = [slice(0, x.shape[-1])] * len(branches), [None] * len(branches)
+  for depth in range(max(map(len, branches))):
+    deep = [i for i, branch in enumerate(branches) if len(branch) > depth]
+    names = [f"branch{i}-{depth}" if len(branches[i]) > 1 else f"branch{i}" for i in deep]
+    units = [unit(*branches[i][depth], name=name) for i, name in zip(deep, names, strict=True)]
+    x = joined(units, x, train, [reads[i] for i in deep])
+    ends = np.cumsum([one.features for one in units])
+    for i, one, end in zip(deep, units, ends, strict=True):
+      reads[i] = slice(int(end) - one.features, int(end))
+      parts[i] = x[..., reads[i]]
+  return jnp.concatenate(parts, -1)
+
+
 class Block(nn.Module):
   """Inception-ResNet block: x + scale · conv2d(branch0 ‖ branch1 ‖ …), ReLU.
 
@@ -48,17 +67,22 @@ class Block(nn.Module):
     unit: constructor of a convolution with normalisation and ReLU.
     branches: (features, kernel size) of the layers of each branch; the first is 1×1.
     relu: the last block of the network has none.
+    as_one: computes its branches as one (see `abreast`).
   """
 
   unit: Callable
   branches: tuple
   scale: float
   relu: bool = True
+  as_one: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-    parts = side_by_side(self.unit, x, train, self.branches)
-    y = Conv(x.shape[-1], use_bias=True, dtype=x.dtype, name="conv2d")(jnp.concatenate(parts, -1))
+    if self.as_one:
+      y = abreast(self.unit, x, train, self.branches)
+    else:
+      y = jnp.concatenate(side_by_side(self.unit, x, train, self.branches), -1)
+    y = Conv(x.shape[-1], use_bias=True, dtype=x.dtype, name="conv2d")(y)
     x = x + y * self.scale
     return remat.last_relu(x) if self.relu else x
 
@@ -107,7 +131,8 @@ class InceptionResNetV2(nn.Module):
     num_classes: of the dense head `classif`; None leaves it out (logits are None).
     final_conv: ends with the 1×1 convolution `conv2d_7b`, as published. M-Net ends before it.
     group_size, momentum: of the normalisation.
-    blocks: computes the stem in blocks of pixels (see `blocks`): for a TPU.
+    blocks: computes the stem in blocks of pixels (see `blocks`), and the narrow branches of a
+      block as one: for a TPU.
     remat: what training computes twice (see `remat`).
   """
 
@@ -142,7 +167,7 @@ class InceptionResNetV2(nn.Module):
     thirty_five = (
       ((32,),), ((32,), (32, (3, 3))), ((32,), (48, (3, 3)), (64, (3, 3))))
     for i in range(10):
-      x = part(Block(unit, thirty_five, 0.17, name=f"repeat-{i}"), x)
+      x = part(Block(unit, thirty_five, 0.17, as_one=self.blocks, name=f"repeat-{i}"), x)
     x = part(Reduction(unit, (
       ((384, (3, 3)),), ((256,), (256, (3, 3)), (384, (3, 3)))), name="mixed_6a"), x)
     seventeen = (((192,),), ((128,), (160, (1, 7)), (192, (7, 1))))
