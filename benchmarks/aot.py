@@ -1,7 +1,8 @@
 """What does a page's step cost a chip that is not here? Read from the program compiled for it.
 
 `python -m benchmarks.aot --config=FILE [--phase=P,…] --target=v5e:2x4,h200:8 [--config.KEY=VALUE …]
-[--by-scope=N] [--depth=3] [--plot=FILE] [--save=FILE] [--against=FILE] [--text=DIR] [--json]`
+[--by-scope=N] [--depth=3] [--plot=FILE] [--save=FILE] [--against=FILE] [--text=DIR]
+[--account=FILE] [--json]`
 
 Compiles the train step for each target (a process each; v5e, v5p, v6e, h100, h200, alone or with a
 topology; cpu:8 and here are JAX's own) and prints what the program tells: operations, bytes,
@@ -9,7 +10,9 @@ memory, collectives, donated buffers, a TPU compiler's cycles; and the time that
 sheet makes of them. THE TIMES ARE A MODEL, nothing runs: they compare two programs on one chip, and
 a real step is slower. --by-scope=N shows where the cycles go (the bytes, where a compiler counts no
 cycles) by place in the model, --depth modules deep, and the N dearest instructions; --plot draws
-it. --save keeps the figures; --against, a file kept before, shows before, after and their ratio.
+it. --account writes all of it as Markdown: like instructions of like modules together, as many as
+hold four fifths of the cost and of the bytes, and the rest by kind, with the bytes that XLA counts.
+--save keeps the figures; --against, a file kept before, shows before, after and their ratio.
 Exits with 1 where a program has no room on its chip.
 """
 
@@ -19,6 +22,7 @@ import argparse
 import json
 import pathlib
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,11 +69,20 @@ def main() -> None:
   parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="the figures as JSON")
   parser.add_argument("--against", type=pathlib.Path, metavar="FILE", help="what --save kept")
   parser.add_argument("--text", type=pathlib.Path, metavar="DIR", help="for the programs' texts")
+  parser.add_argument("--account", type=pathlib.Path, metavar="FILE", help="Markdown, of all of it")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
   try:
     before = load(flags.against) if flags.against else None
-    rows = measure(flags, rest)
+    with tempfile.TemporaryDirectory() as folder:
+      if flags.account:
+        flags.text = flags.text or pathlib.Path(folder)
+      rows = measure(flags, rest)
+      if flags.account:
+        flags.account.parent.mkdir(parents=True, exist_ok=True)
+        texts = [(row, kept(flags.text, row["phase"], row["target"])) for row in rows]
+        flags.account.write_text("\n".join(  # one that does not fit has no text
+          account(row, text.read_text()) for row, text in texts if text.exists()))
   except UserError as error:
     print(f"benchmarks.aot: {error}", file=sys.stderr)
     sys.exit(2)
@@ -114,7 +127,7 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
       keep = None
       if flags.text:
         flags.text.mkdir(parents=True, exist_ok=True)
-        keep = str(flags.text / f"{phase}_{target.chip}_{target.topology or 1}.txt")
+        keep = str(kept(flags.text, phase, str(target)))
       found = forecast.of(page, phase, target, flags.depth, largest, keep)
       row = {"name": "aot", "config": {"file": flags.config, "overrides": list(rest)}}
       row |= found.row()
@@ -125,6 +138,53 @@ def measure(flags: argparse.Namespace, rest: Sequence[str]) -> list[dict[str, An
           "singles": [one._asdict() for one in found.places.singles]}
       rows.append(row)
   return rows
+
+
+def kept(folder: pathlib.Path, phase: str, target: str) -> pathlib.Path:
+  """The file of a program's text."""
+  chip, _, topology = target.partition(":")
+  return folder / f"{phase}_{chip}_{topology or 1}.txt"
+
+
+def account(row: Mapping[str, Any], text: str, share: float = 0.8) -> str:
+  """Markdown: what like instructions cost together, dearest first, and all by kind.
+
+  share: of the cost, and of the bytes moved, that the instructions listed are to hold.
+  """
+  from medattn_jax.programs import account, places
+
+  found = places.of(text, 1, sys.maxsize)
+  every = account.alike(found.singles)
+  listed = account.covering(every, share)
+  by = account.kinds(text, found.singles)
+  unit = found.unit if found.unit == "cycles" else "bytes"
+  line = lambda *cells: f"| {' | '.join(cells)} |"
+  figures = lambda *ones: [
+    *(f"{sum(getattr(one, name) for one in ones) / 1e6:,.2f}" for name in ("cost", "moved", "hbm"))]
+  listed_rest = set(every) - set(listed)
+  lines = [
+    f"## {name(row)}", "",
+    f"{sum(one.number for one in every):,} instructions cost {unit} or move bytes, {len(every)} "
+    f"with those alike as one. The {len(listed)} listed hold {100 * share:.0f} % of the {unit} and "
+    "of the bytes moved.", "",
+    line("number", f"M {unit}", "MB moved", "of HBM", "direction", "place: what", "largest result"),
+    "|---|---|---|---|---|---|---|"]
+  for one in listed:
+    lines.append(line(str(one.number), *figures(one), one.direction,
+                      f"{one.path}: {one.kind}".replace("|", "/"), one.shape))
+  lines += [line(f"{sum(one.number for one in listed_rest)}", *figures(*listed_rest), "",
+                 f"{len(listed_rest)} others", ""),
+            line(f"{sum(one.number for one in every)}", *figures(*every), "", "all", ""), "",
+            line("kind", "number", f"M {unit}", "MB moved", "of HBM", "MB by XLA's rule"),
+            "|---|---|---|---|---|---|"]
+  lines += [line(one.kind, f"{one.number:,}", *figures(one), f"{one.counted / 1e6:,.0f}")
+            for one in by if max(one.counted, one.moved) >= 1e6]
+  counted = sum(one.counted for one in by)
+  lines.append(line("all", f"{sum(one.number for one in by):,}", *figures(*by),
+                    f"{counted / 1e6:,.0f}"))
+  if row["bytes_accessed"]:
+    lines += ["", f"XLA itself says {row['bytes_accessed'] / 1e6:,.0f} MB."]
+  return "\n".join(lines) + "\n"
 
 
 def load(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from medattn_jax.programs import traffic
 
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _NOWHERE = "jit(local)/shard_map"  # of what a compiler made itself
@@ -118,7 +118,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
   for computation, body in program.items():
     for one in body.values():
       kind = one.kind.removesuffix("-start")
-      if kind in _KINDS:
+      if kind in KINDS:
         given = [body[name].shape for name in one.operands if name in body]
         size = collections.Counter()
         for shape in given:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 VMEM = "S(1)"  # the memory space within a TPU, in an array's layout
@@ -77,7 +77,7 @@ def each(
   program, entry = parse(text)
   found = []
   for inside, one, times in run(program, entry, rounds):
-    if bytes := _instruction(program, inside, one, near):
+    if bytes := bytes_of(program, inside, one, near):
       found.append((one, times, _multiplied(bytes, times)))
   return found
 
@@ -101,7 +101,7 @@ def run(
         _called(one, key) for key in ("true_computation", "false_computation")]
       sides = [list(run(program, side, rounds, times)) for side in names]
       yield from max(sides, key=lambda side: sum(
-        number * _instruction(program, name, one).total() for name, one, number in side))
+        number * bytes_of(program, name, one).total() for name, one, number in side))
     else:
       yield name, one, times
 
@@ -162,6 +162,12 @@ def _elements(array: re.Match) -> int:
   return math.prod(int(side) for side in array.group(2).split(",") if side)
 
 
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
+  """(dtype, sides, layout) of each array of a type."""
+  return [(array.group(1), tuple(int(side) for side in array.group(2).split(",") if side),
+           array.group(3) or "") for array in _ARRAY.finditer(shape) if array.group(1) in BYTES]
+
+
 def _bare(array: re.Match) -> str:
   return f"{array.group(1)}[{array.group(2)}]"
 
@@ -175,8 +181,8 @@ def size(shape: str, near: str | None = None) -> collections.Counter:
   """{dtype: bytes} of an array's or a tuple's type; but for what lies in the memory `near`."""
   found = collections.Counter()
   for array in _ARRAY.finditer(shape):
-    if array.group(1) in _BYTES and not _lies(array, near):
-      found[array.group(1)] += _BYTES[array.group(1)] * _elements(array)
+    if array.group(1) in BYTES and not _lies(array, near):
+      found[array.group(1)] += BYTES[array.group(1)] * _elements(array)
   return found
 
 
@@ -197,9 +203,10 @@ def _lies(array: re.Match, near: str | None) -> bool:
   return bool(near) and near in (array.group(3) or "")
 
 
-def _instruction(
+def bytes_of(
     program: Program, inside: str, one: Instruction, near: str | None = None
 ) -> collections.Counter:
+  """{dtype: bytes} that one run of an instruction of the computation `inside` moves."""
   shapes = [program[inside][name].shape for name in one.operands]
   if one.kind in _FREE or one.kind.endswith("-done") or _NAMING in one.rest:
     return collections.Counter()

@@ -27,7 +27,8 @@ def saved(tmp_path_factory):
     assert call(
       patch, "--phase=frozen", "--target=cpu:2", "--by-scope=5", "--depth=2",
       "--config.norm.group_size=4", f"--save={folder / 'before.json'}",
-      f"--plot={folder / 'new' / 'figure.png'}", f"--text={folder / 'text'}") == 0
+      f"--plot={folder / 'new' / 'figure.png'}", f"--text={folder / 'text'}",
+      f"--account={folder / 'new' / 'account.md'}") == 0
   return folder
 
 
@@ -63,6 +64,25 @@ def test_places_add_up(saved):
   assert sum(percents[:3]) == pytest.approx(100, abs=0.2)  # forward, backward, rest
   assert sum(percents[3:7]) == pytest.approx(100, abs=0.3)  # three places and the rest
   assert "instruction by instruction" in lines
+
+
+def test_an_account_holds_everything(saved):
+  (row,) = aot.load(saved / "before.json")
+  written = (saved / "new" / "account.md").read_text()
+  one_by_one, by_kind = written.split("| kind |")
+  assert written.startswith("## frozen cpu:2")
+
+  def cells(line):
+    return [cell.strip().replace(",", "") for cell in line.strip("| ").split(" | ")]
+
+  lines = [cells(line) for line in one_by_one.splitlines() if line.startswith("| ")]
+  _, *listed, _, every = lines
+  total = row["places"]["total"] / 1e6
+  assert every[5] == "all" and float(every[1]) == pytest.approx(total, abs=0.01)
+  assert sum(float(line[1]) for line in listed) >= 0.79 * total
+  (last,) = [cells(line) for line in by_kind.splitlines() if line.startswith("| all |")]
+  assert float(last[2]) == float(every[1])
+  assert f"XLA itself says {row['bytes_accessed'] / 1e6:.0f} MB" in written.replace(",", "")
 
 
 def test_what_does_not_fit_is_said(saved):
