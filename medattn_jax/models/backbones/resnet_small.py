@@ -33,11 +33,11 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
       batch, height // block, width // block, block * block * channels)
 
   def one_by_one(x):
-    # In a loop of its own: XLA's CPU would else compute x number by number as it is folded.
-    if not isinstance(x.shape[0], int):  # exported for any number of images
-      return folded(x)
+    # In a loop of its own: XLA's CPU would else shade a picture number by number as it is folded.
     return jax.lax.map(lambda image: folded(image[None])[0], x)
 
+  if x.shape[-1] > 3 or not isinstance(x.shape[0], int):  # exported for any number of images
+    return folded(x)
   return jax.lax.platform_dependent(x, cpu=one_by_one, default=folded)
 
 
