@@ -35,6 +35,7 @@ from medattn_jax import console, doctor, files, sharding, trained
 from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
 from medattn_jax.models import weights as published
+from medattn_jax.workdir import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS, PROGRAM = "model.safetensors", "model.stablehlo"
@@ -86,6 +87,10 @@ def run(workdir: str, out: str, step: str | int = "best") -> None:
     UserError: nothing was written.
   """
   place = files.check_new_folder(out)
+  kept = Workdir(workdir).checkpoints.resolve()
+  if kept in (place.resolve(), *place.resolve().parents):
+    raise UserError(f"--out={out}: in {kept} lie the run's checkpoints alone; accepted: a new "
+                    "folder elsewhere")
   model = trained.open_workdir(workdir, step, sharding.devices()[:1])
   bundle(model, place)
   size = sum(path.stat().st_size for path in place.iterdir())

@@ -233,7 +233,8 @@ def test_only_a_new_or_empty_folder_is_written_to(untrained_m_net, tmp_path, mon
   (tmp_path / "empty").mkdir()
   (tmp_path / "link").symlink_to(tmp_path / "empty")
   (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-  for name in ("full", "file", "link", "dangling", "file/below", str(untrained_m_net), ""):
+  inside = str(untrained_m_net / "checkpoints" / "9")  # where it would be taken for a checkpoint
+  for name in ("full", "file", "link", "dangling", "file/below", str(untrained_m_net), inside, ""):
     with pytest.raises(UserError, match="accepted: a"):
       export.run(str(untrained_m_net), str(tmp_path / name) if name else "")
   monkeypatch.chdir(tmp_path / "empty")
