@@ -92,7 +92,11 @@ def learnt(net, x, variables):
   return jax.device_get(compiled(*args)), compiled
 
 
-@pytest.mark.parametrize("name", models.BACKBONES)
+def _long_ones_slow(names, *long):
+  return [pytest.param(name, marks=pytest.mark.slow) if name in long else name for name in names]
+
+
+@pytest.mark.parametrize("name", _long_ones_slow(models.BACKBONES, "inception_resnet_v2"))
 def test_the_variables_are_the_same(name):
   """Paths and shapes, of the whole networks, even where they are made in training."""
   x = jax.ShapeDtypeStruct((2, 96, 96, 3), jnp.float32)
@@ -109,7 +113,8 @@ def test_the_first_variables_are_the_same():
     jax.tree.map(np.testing.assert_array_equal, drawn[0], other)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", _long_ones_slow(
+  NETS, "vgg16_bn", "inception_v3", "inception_resnet_v2", "googlenet"))
 def test_the_numbers_are_the_same(name, draw_variables):
   x = pictures(name)
   variables = draw_variables(made(name, "none"), x)
