@@ -3,7 +3,7 @@
 Command:   make demo   (medattn train --config=configs/demo.py --workdir=runs/demo)
 Hardware:  two CPU cores as one or two devices; more with a smaller norm.group_size.
 Time:      seven to eight minutes, one of them drawing the photographs (two cores of a Xeon).
-Score:     kappa .893 on the drawn test split (M-Net alone .811), seed 0; .900 (.825), seed 1.
+Score:     kappa .896 on the drawn test split (M-Net alone .812), seed 0; .900 (.825), seed 1.
            Lesion recall .70 and .72 (random .44, best possible .92).
 """
 
