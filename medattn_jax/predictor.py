@@ -100,9 +100,20 @@ class Model:
     if paths is not None:
       found, rejected = _expand(paths)
       least = preprocess.MIN_SIDE if self._paired else min(self._side, preprocess.MIN_SIDE)
-      read = lambda i: self._prepared(preprocess.load_photograph(found[i], least))
+      framed = []
+
+      def read(i: int) -> np.ndarray:
+        content = preprocess.read_bytes(found[i])
+        photograph = self._prepared(preprocess.decode_photograph(content, least))
+        if preprocess.has_more_frames(content):
+          framed.append(found[i])
+        return photograph
+
       rows = _pairs(found) if self._paired else [(i,) for i in range(len(found))]
-      return self._grade(found, read, rows, rejected)
+      result = self._grade(found, read, rows, rejected)
+      for name in sorted(framed):
+        console.warn(f"{name} has several pages or frames, of which the first is graded")
+      return result
     arrays = _arrays(images, self._paired)
     whole = (self._side, self._side, self._channels)
     read = lambda i: arrays[i] if arrays[i].shape == whole else self._prepared(arrays[i])
@@ -150,11 +161,11 @@ class Model:
     graded = sorted(answers["logits"])
     if graded or rejected[1:]:  # else the error says it
       for name, reason in rejected:
-        console.warn(f"{shown(name)} {reason}; not graded")
+        console.warn(f"{name} {reason}; not graded")
     if not graded:
       name, reason = rejected[0]
       others = f" (and {len(rejected) - 1} more that cannot be graded)" if rejected[1:] else ""
-      raise UserError(f"{shown(name)} {reason}{others}; accepted: photographs as "
+      raise UserError(f"{console.plain(name)} {reason}{others}; accepted: photographs as "
                       f"{', '.join(SUFFIXES)}")
     column = lambda name: np.stack([answers[name][i] for i in graded]) if answers[name] else None
     logits = column("logits")
@@ -222,11 +233,6 @@ def predictions_csv(result: Result) -> str:
     for name, grade, score, row in zip(
       result.images, result.grade, result.score, result.probabilities, strict=True))
   return text.getvalue()
-
-
-def shown(name: str) -> str:
-  """A name as one printable line: control characters escaped."""
-  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _check_out(out: pathlib.Path, images: Sequence[str]) -> None:
@@ -310,7 +316,7 @@ def _expand(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
       found.append(path)
   if not found:
     name, reason = rejected[0] if rejected else (paths[0], "holds no photograph")
-    raise UserError(f"{shown(name)} {reason}; accepted: {', '.join(SUFFIXES)}")
+    raise UserError(f"{console.plain(name)} {reason}; accepted: {', '.join(SUFFIXES)}")
   return found, rejected
 
 
@@ -322,8 +328,8 @@ def _are_folders(paths: Sequence[str]) -> list[bool]:
       folders.append(stat.S_ISDIR(os.stat(path).st_mode))
     except (OSError, ValueError) as error:
       why = getattr(error, "strerror", None) or str(error)
-      raise UserError(f"{shown(path) or repr(path)}: {why.lower()}; accepted: image files and "
-                      "folders that are there") from None
+      raise UserError(f"{console.plain(path) or repr(path)}: {why.lower()}; accepted: image files "
+                      "and folders that are there") from None
   return folders
 
 
@@ -348,9 +354,9 @@ def _search(folder: str, found: list[str], rejected: list[tuple[str, str]]) -> N
       except preprocess.BadImage as reason:
         rejected.append((path, str(reason)))
   if others:
-    told = ", ".join(map(shown, others[:5])) + (", …" if len(others) > 5 else "")
-    console.say(f"{shown(folder)}: {len(others)} files that are no photographs by their names "
-                f"are passed over ({told})")
+    told = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
+    console.say(f"{folder}: {len(others)} files that are no photographs by their names are passed "
+                f"over ({told})")
 
 
 def _pairs(paths: Sequence[str]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import medattn_jax
-from medattn_jax import evaluate, explain, metrics, predictor, trained
+from medattn_jax import console, evaluate, explain, metrics, predictor, trained
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.errors import UserError
 
@@ -124,6 +124,17 @@ def test_a_bad_fellow_costs_its_fellow_nothing(model, photographs, tmp_path):
   assert result.images == (left,) and len(result.rejected) == 1
   np.testing.assert_allclose(
     result.probabilities, model.predict([left]).probabilities, atol=1e-5)
+
+
+def test_of_several_frames_the_first_is_graded_and_it_is_said(
+    model, photographs, tmp_path, capsys):
+  first, more = (Image.fromarray(photograph) for photograph in photographs[:2])
+  first.save(tmp_path / "alone.tif")
+  first.save(tmp_path / "pages.tif", save_all=True, append_images=[more])
+  result = model.predict([str(tmp_path / name) for name in ("alone.tif", "pages.tif")])
+  np.testing.assert_array_equal(*result.probabilities)
+  told = [line for line in capsys.readouterr().err.splitlines() if "several pages" in line]
+  assert len(told) == 1 and "pages.tif" in told[0]
 
 
 def black(*shape):
@@ -359,9 +370,9 @@ def test_names_of_the_package():
     medattn_jax.lode  # noqa: B018
 
 
-def test_shown_is_one_printable_line():
+def test_a_name_is_shown_as_one_printable_line():
   name = "a\nb\x1b[2J\udcff é"
-  assert predictor.shown(name).isprintable() and "é" in predictor.shown(name)
+  assert console.plain(name).isprintable() and "é" in console.plain(name)
 
 
 def test_predictions_csv_reads_back_exactly():

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medattn_jax.models import blocks, remat
+from medattn_jax.models.backbones.inception_stem import stem
 from medattn_jax.models.norm import Array, Conv, ConvBN, joined, together
 from medattn_jax.models.pooling import max_pool
 
@@ -152,17 +153,7 @@ class InceptionResNetV2(nn.Module):
     part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x
-
-    def first(x, train):
-      x = unit(32, (3, 3), 2, (0, 0), name="conv2d_1a")(x, train)
-      x = unit(32, (3, 3), 1, (0, 0), name="conv2d_2a")(x, train)
-      return unit(64, (3, 3), name="conv2d_2b")(x, train, max_pool)
-
-    def second(x, train):
-      x = unit(80, name="conv2d_3b")(x, train)
-      return unit(192, (3, 3), 1, (0, 0), name="conv2d_4a")(x, train, max_pool)
-
-    x = part(second, part(first, x))
+    x = stem(unit, part, ("conv2d_1a", "conv2d_2a", "conv2d_2b", "conv2d_3b", "conv2d_4a"), x)
     x = part(Stem(unit, name="mixed_5b"), x)
     thirty_five = (
       ((32,),), ((32,), (32, (3, 3))), ((32,), (48, (3, 3)), (64, (3, 3))))

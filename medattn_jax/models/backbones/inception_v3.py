@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from medattn_jax.models import blocks, remat
+from medattn_jax.models.backbones.inception_stem import stem
 from medattn_jax.models.norm import Array, ConvBN, together
 from medattn_jax.models.pooling import max_pool
 
@@ -147,17 +148,8 @@ class InceptionV3(nn.Module):
     part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x
-
-    def first(x, train):
-      x = unit(32, (3, 3), 2, (0, 0), name="Conv2d_1a_3x3")(x, train)
-      x = unit(32, (3, 3), 1, (0, 0), name="Conv2d_2a_3x3")(x, train)
-      return unit(64, (3, 3), name="Conv2d_2b_3x3")(x, train, max_pool)
-
-    def second(x, train):
-      x = unit(80, name="Conv2d_3b_1x1")(x, train)
-      return unit(192, (3, 3), 1, (0, 0), name="Conv2d_4a_3x3")(x, train, max_pool)
-
-    x = part(second, part(first, x))
+    x = stem(unit, part, (
+      "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"), x)
     for name, features in (("b", 32), ("c", 64), ("d", 64)):
       x = part(InceptionA(unit, features, name=f"Mixed_5{name}"), x)
     x = part(InceptionB(unit, name="Mixed_6a"), x)
