@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from medattn_jax import augment, losses, sharding
+from medattn_jax import augment, cpu, losses, sharding
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
@@ -243,7 +243,8 @@ def make_train_step(
   axis = sharding.AXIS if mesh.size > 1 else None
   # A TPU's compiler makes few all-reduces of many, and moves 213 MB of gradients into a vector and
   # out of it for nothing; a GPU's would leave 88 of them.
-  options = {"kernels_alone": mesh.devices.flat[0].platform == "tpu", **options}
+  platform = mesh.devices.flat[0].platform
+  options = {"kernels_alone": platform == "tpu", **options}
   local = local_step(apply, optimizer, devices=mesh.size, axis=axis, common=common, **options)
   where = sharding.placed(state)
   inputs = {name: P(None, sharding.AXIS) for name in ("image", "level", "mask")}
@@ -257,6 +258,7 @@ def make_train_step(
       in_shardings=(on_mesh(where), on_mesh(inputs)),
       out_shardings=(on_mesh(where), sharding.replicated(mesh)),
       donate_argnums=0,
+      compiler_options=cpu.compiler_options(platform),
   )
 
 
@@ -283,4 +285,9 @@ def make_eval_step(
       out_specs=P(sharding.AXIS),
       check_vma=False,
   )
-  return jax.jit(mapped, in_shardings=(sharding.replicated(mesh), batched), out_shardings=batched)
+  return jax.jit(
+      mapped,
+      in_shardings=(sharding.replicated(mesh), batched),
+      out_shardings=batched,
+      compiler_options=cpu.compiler_options(mesh.devices.flat[0].platform),
+  )

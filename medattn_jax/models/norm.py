@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from medattn_jax.models import blocks, kernel_gradients
+from medattn_jax.models import blocks
 from medattn_jax.models.blocks import Blocks
 from medattn_jax.models.remat import dear
 
@@ -305,7 +305,9 @@ def _convolve(conv, x, kernel):
     return jax.lax.platform_dependent(x, kernel[0, 0], tpu=_convolve_point, default=_multiply)
   if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(conv.kernel_size):
     return _convolve_tiny(x, kernel, conv.stride, (rows, columns))
-  return kernel_gradients.convolve(x, kernel, conv.stride, (rows, columns))
+  return jax.lax.conv_general_dilated(
+    x, kernel, (conv.stride, conv.stride), [(rows, rows), (columns, columns)],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _multiply(x, kernel):
