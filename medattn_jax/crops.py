@@ -85,16 +85,21 @@ def small_view(
     wide = np.kron(across, np.eye(channels, dtype=np.float32))
     return _resize_by_matrix(wide, rows.reshape(count * size, -1, 1), dtype).reshape(shape)
 
+  def rows_by_taps(images):
+    return _resize_by_taps(down, images.reshape(-1, height, width * channels)).astype(dtype)
+
+  def columns_by_taps(rows):
+    return _resize_by_taps(across, rows.reshape(-1, width, channels)).reshape(-1, *shape[1:])
+
   def by_taps(images):
-    rows = _resize_by_taps(down, images.reshape(-1, height, width * channels)).astype(dtype)
-    rows = rows.reshape(-1, width, channels)
-    return _resize_by_taps(across, rows).reshape(-1, *shape[1:])
+    return columns_by_taps(rows_by_taps(images))
 
   def one_by_one(images):
-    # In a loop of its own: XLA's CPU would else compute the taps anew for each use of the view.
+    # In loops of their own: XLA's CPU would else compute the rows anew for each tap of a column, and
+    # all for each use of the view.
     if not isinstance(count, int):  # exported for any number of images: no loop has so many rounds
       return by_taps(images)
-    return jax.lax.map(lambda image: by_taps(image[None])[0], images)
+    return jax.lax.map(lambda rows: columns_by_taps(rows)[0], jax.lax.map(rows_by_taps, images))
 
   count, height, width, channels = images.shape
   if height == width == size:
