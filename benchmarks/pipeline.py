@@ -14,6 +14,7 @@ that needs, and whether this machine has them: input_bound.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -68,9 +69,11 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
   options.deterministic = True
   if flags.threads:
     options.threading.private_threadpool_size = flags.threads
+  # As the pipeline does: TensorFlow's default is a tenth faster and has other pixels.
+  decode_jpeg = functools.partial(tf.io.decode_jpeg, channels=3, dct_method="INTEGER_ACCURATE")
   decoding = (
     tf.data.Dataset.from_tensor_slices(jpegs).repeat()
-    .map(tf.io.decode_jpeg, num_parallel_calls=flags.threads or tf.data.AUTOTUNE)
+    .map(decode_jpeg, num_parallel_calls=flags.threads or tf.data.AUTOTUNE)
     .with_options(options)
   )
   images = 2 * flags.batch * flags.steps
