@@ -95,8 +95,8 @@ def small_view(
     return columns_by_taps(rows_by_taps(images))
 
   def one_by_one(images):
-    # In loops of their own: XLA's CPU would else compute the rows anew for each tap of a column, and
-    # all for each use of the view.
+    # In loops of their own: XLA's CPU would else compute the rows anew for each tap of a column,
+    # and all for each use of the view.
     if not isinstance(count, int):  # exported for any number of images: no loop has so many rounds
       return by_taps(images)
     return jax.lax.map(lambda rows: columns_by_taps(rows)[0], jax.lax.map(rows_by_taps, images))

@@ -21,7 +21,7 @@ NAME = "medattn_jax"
 # From the ground up. A module imports from the floors below its own, and never from its own floor
 # unless that floor is one of SHARED. A folder (models, data, analysis, programs) is one piece.
 FLOORS = (
-  {"errors", "console", "files", "manifest", "arrays", "signals", "processes"},
+  {"errors", "console", "files", "manifest", "arrays", "signals", "processes", "cpu"},
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "initial",
    "checkpoint", "config", "workdir"},
   {"models", "data", "analysis", "programs"},
@@ -51,7 +51,8 @@ ADDRESS = {
   "matplotlib": {"analysis"},
   "torch": {"models"},
   "runpy": {"config"},  # a config page is a program, and nothing else is
-  "importlib": {"__init__", "config", "models", "data", "doctor", "programs", "studies"},
+  "importlib": {"__init__", "config", "models", "data", "doctor", "programs", "studies", "cpu"},
+  "ctypes": {"cpu"},  # glibc's mallopt, and nothing that is found by a name in a file
 }
 # Who may not import a library, not even by way of another module that is imported at its top.
 _NO_TENSORFLOW = ("tensorflow", "tensorflow_datasets", "clu")
@@ -62,7 +63,7 @@ WITHOUT = {
 # fmt: off
 NOWHERE = {
   "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "subprocess", "pty",
-  "ctypes", "socket", "ssl", "http", "urllib", "requests", "aiohttp", "ftplib", "smtplib",
+  "socket", "ssl", "http", "urllib", "requests", "aiohttp", "ftplib", "smtplib",
 }
 # fmt: on
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
