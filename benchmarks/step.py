@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import pages, rows
-from medattn_jax import cpu
 from medattn_jax.errors import UserError
 
 SIZES = {
@@ -47,7 +46,6 @@ def main() -> None:
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--steps", type=int, help="of a round")
   flags = rows.parsed(parser, SIZES)
-  cpu.keep_heap()  # as a training does
   from benchmarks import steps
 
   found = []

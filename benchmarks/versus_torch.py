@@ -208,9 +208,6 @@ def _page(values: Mapping[str, Any]) -> pages.Page:
 
 
 def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:
-  from medattn_jax import cpu
-
-  cpu.keep_heap()  # as a training does
   import jax
 
   from benchmarks import steps

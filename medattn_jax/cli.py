@@ -166,9 +166,6 @@ def add_processes(command: argparse.ArgumentParser) -> None:
 
 
 def train(flags: argparse.Namespace, rest: Sequence[str]) -> None:
-  from medattn_jax import cpu
-
-  cpu.keep_heap()
   from medattn_jax import config
 
   page = config.load_page(flags.config, overrides(rest))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import pathlib
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,6 @@ from typing import Any
 import rich.console
 import rich.table
 
-from medattn_jax import cpu
 from medattn_jax.programs import ceilings
 
 LIBRARIES = (
@@ -20,6 +21,10 @@ LIBRARIES = (
   + ("tensorflow", "tensorflow-cpu", "tensorflow-datasets", "clu", "pillow", "scikit-learn")
   + ("matplotlib", "safetensors", "torch", "libtpu")
 )
+
+# For glibc: one heap, none of it given back. XLA's buffers of a step are else new pages each time.
+KEPT = ("glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+        "glibc.malloc.trim_threshold=4294967296")
 
 
 def run() -> None:
@@ -54,7 +59,7 @@ def run() -> None:
   if devices:
     out.print(table)
 
-  lines = advice(found, {device.platform for device in devices}, os.environ, cpu.accelerators())
+  lines = advice(found, {device.platform for device in devices}, os.environ, accelerators())
   out.print("\nAdvice", style="bold")
   for line in lines or ["nothing to mend"]:
     out.print(f"• {line}", markup=False, highlight=False)
@@ -83,6 +88,16 @@ def memory(device: Any) -> tuple[str, str]:
   return _gib(limit), _gib(used)
 
 
+def accelerators() -> set[str]:
+  """The kinds of accelerators this host has drivers for: "cuda", "tpu"; seen without JAX."""
+  found = set()
+  if any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
+    found.add("cuda")
+  if any(pathlib.Path("/dev").glob("accel[0-9]*")) or importlib.util.find_spec("libtpu"):
+    found.add("tpu")
+  return found
+
+
 def advice(
   found: Mapping[str, str | None],
   platforms: set[str],
@@ -95,7 +110,7 @@ def advice(
     found: library → version or None.
     platforms: the platforms of JAX's devices ("cpu", "gpu", "tpu").
     environment: variables.
-    present: what `cpu.accelerators` sees.
+    present: what `accelerators` sees.
   """
   lines = []
   forced = environment.get("JAX_PLATFORMS", "")
@@ -111,6 +126,11 @@ def advice(
       lines.append("a TPU is here and JAX does not use it: pip install 'medattn_jax[tpu]'")
     else:
       lines.append("no accelerator: the demo page trains on a CPU; the papers' pages need more")
+    if sys.platform == "linux" and "glibc.malloc" not in environment.get("GLIBC_TUNABLES", ""):
+      lines.append(
+        f"each step asks the system for its memory anew; GLIBC_TUNABLES={KEPT} keeps it, for some"
+        " 10 % more steps on a CPU"
+      )
   if found.get("jax") and found.get("jaxlib") and found["jax"] != found["jaxlib"]:
     lines.append(f"jax {found['jax']} and jaxlib {found['jaxlib']} differ: install them together")
   tensorflow = found.get("tensorflow") or found.get("tensorflow-cpu")

@@ -9,6 +9,7 @@ exact whatever the device count and however many examples are masked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from medattn_jax import augment, cpu, losses, sharding
+from medattn_jax import augment, losses, sharding
+
+# Convolutions are left to Eigen: YNNPACK runs one of up to 64 features on one core alone.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type":
+                "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
@@ -258,7 +263,7 @@ def make_train_step(
       in_shardings=(on_mesh(where), on_mesh(inputs)),
       out_shardings=(on_mesh(where), sharding.replicated(mesh)),
       donate_argnums=0,
-      compiler_options=cpu.compiler_options(platform),
+      compiler_options=compiler_options(platform),
   )
 
 
@@ -289,5 +294,19 @@ def make_eval_step(
       mapped,
       in_shardings=(sharding.replicated(mesh), batched),
       out_shardings=batched,
-      compiler_options=cpu.compiler_options(mesh.devices.flat[0].platform),
+      compiler_options=compiler_options(mesh.devices.flat[0].platform),
   )
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+  """XLA's options for a step on devices of `platform`: none but on a CPU whose XLA knows them."""
+  return _CPU_OPTIONS if platform == "cpu" and _known(tuple(_CPU_OPTIONS.items())) else {}
+
+
+@functools.cache
+def _known(options: tuple[tuple[str, str], ...]) -> bool:
+  try:
+    jax.jit(lambda x: x).lower(0.0).compile(compiler_options=dict(options))
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True

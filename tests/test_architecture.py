@@ -21,7 +21,7 @@ NAME = "medattn_jax"
 # From the ground up. A module imports from the floors below its own, and never from its own floor
 # unless that floor is one of SHARED. A folder (models, data, analysis, programs) is one piece.
 FLOORS = (
-  {"errors", "console", "files", "manifest", "arrays", "signals", "processes", "cpu"},
+  {"errors", "console", "files", "manifest", "arrays", "signals", "processes"},
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "initial",
    "checkpoint", "config", "workdir"},
   {"models", "data", "analysis", "programs"},
@@ -51,8 +51,7 @@ ADDRESS = {
   "matplotlib": {"analysis"},
   "torch": {"models"},
   "runpy": {"config"},  # a config page is a program, and nothing else is
-  "importlib": {"__init__", "config", "models", "data", "doctor", "programs", "studies", "cpu"},
-  "ctypes": {"cpu"},  # glibc's mallopt, and nothing that is found by a name in a file
+  "importlib": {"__init__", "config", "models", "data", "doctor", "programs", "studies"},
 }
 # Who may not import a library, not even by way of another module that is imported at its top.
 _NO_TENSORFLOW = ("tensorflow", "tensorflow_datasets", "clu")
@@ -63,7 +62,7 @@ WITHOUT = {
 # fmt: off
 NOWHERE = {
   "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "subprocess", "pty",
-  "socket", "ssl", "http", "urllib", "requests", "aiohttp", "ftplib", "smtplib",
+  "ctypes", "socket", "ssl", "http", "urllib", "requests", "aiohttp", "ftplib", "smtplib",
 }
 # fmt: on
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}

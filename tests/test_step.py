@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from medattn_jax import augment, sharding
+from medattn_jax import step as steps
 from medattn_jax.step import State, make_eval_step, make_train_step
 
 LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.3, "focal_gamma": 2.0,
@@ -211,3 +212,10 @@ def test_eval_step_gives_each_patient_its_answers_without_a_collective():
   np.testing.assert_allclose(answers["y"], out["y"], rtol=1e-5, atol=1e-6)
   assert set(answers) == {"logits", "y"}
   assert "all-" not in step.lower(variables, put).compile().as_text().replace("all-true", "")
+
+
+def test_options_are_a_cpus_and_only_those_that_its_compiler_knows(monkeypatch):
+  assert steps.compiler_options("tpu") == {}
+  assert steps.compiler_options("cpu") == steps._CPU_OPTIONS
+  monkeypatch.setattr(steps, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+  assert steps.compiler_options("cpu") == {}
