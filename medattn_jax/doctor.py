@@ -22,10 +22,6 @@ LIBRARIES = (
   + ("matplotlib", "safetensors", "torch", "libtpu")
 )
 
-# For glibc: one heap, none of it given back. XLA's buffers of a step are else new pages each time.
-KEPT = ("glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
-        "glibc.malloc.trim_threshold=4294967296")
-
 
 def run() -> None:
   """Prints the versions, the devices with their memory and matmul rates, and advice."""
@@ -126,11 +122,6 @@ def advice(
       lines.append("a TPU is here and JAX does not use it: pip install 'medattn_jax[tpu]'")
     else:
       lines.append("no accelerator: the demo page trains on a CPU; the papers' pages need more")
-    if sys.platform == "linux" and "glibc.malloc" not in environment.get("GLIBC_TUNABLES", ""):
-      lines.append(
-        f"each step asks the system for its memory anew; GLIBC_TUNABLES={KEPT} keeps it, for some"
-        " 10 % more steps on a CPU"
-      )
   if found.get("jax") and found.get("jaxlib") and found["jax"] != found["jaxlib"]:
     lines.append(f"jax {found['jax']} and jaxlib {found['jaxlib']} differ: install them together")
   tensorflow = found.get("tensorflow") or found.get("tensorflow-cpu")
