@@ -169,16 +169,15 @@ def _share(batch_size: int, process_index: int, process_count: int) -> range:
   return range(process_index * each, (process_index + 1) * each)
 
 
-_SEQUENCE = functools.partial(tf.io.FixedLenSequenceFeature, allow_missing=True)
+_RAGGED = functools.partial(tf.io.RaggedFeature, row_splits_dtype=tf.int64)
 _SPEC = {
-  "images": _SEQUENCE([], tf.string),
-  "levels": _SEQUENCE([], tf.int64),
+  "images": _RAGGED(tf.string),
   "patient": tf.io.FixedLenFeature([], tf.string),
-  "image_ids": _SEQUENCE([], tf.string),
-  "eyes": _SEQUENCE([], tf.string),
-  "boxes/eye": _SEQUENCE([], tf.int64),
-  "boxes/type": _SEQUENCE([], tf.int64),
-  "boxes/box": _SEQUENCE([4], tf.float32),
+  "image_ids": _RAGGED(tf.string),
+  "eyes": _RAGGED(tf.string),
+  "boxes/eye": _RAGGED(tf.int64),
+  "boxes/type": _RAGGED(tf.int64),
+  "boxes/box": _RAGGED(tf.float32, partitions=[tf.io.RaggedFeature.UniformRowLength(4)]),
 }
 
 
@@ -201,11 +200,12 @@ class _Form:
 
   @property
   def chunk(self) -> int:
-    """How many single photographs are read at once, the more the smaller they are.
+    """How many rows are read at once: pairs, or single photographs, the more the smaller they are.
 
-    A step of tf.data costs many times what decoding a photograph of 48² pixels does.
+    A step of tf.data costs many times what decoding a photograph of 48² pixels does, and a call of
+    Python from it a fifth of what one of 400² does.
     """
-    return min(64, max(1, 2**19 // (self.size**2 * self.channels)))
+    return 16 if self.pairs else min(64, max(1, 2**19 // (self.size**2 * self.channels)))
 
 
 def _batches(
@@ -220,17 +220,18 @@ def _batches(
 
   Numbers from the end of the split on are padding.
   """
-  if form.pairs:
-    wanted = tf.TensorSpec([rows], tf.int64)
-    source = tf.data.Dataset.from_generator(numbers, output_signature=wanted).unbatch()
-  else:
-    starts = range(0, rows, form.chunk)
-    chunks = lambda: (row[first : first + form.chunk] for row in numbers() for first in starts)
-    wanted = tf.TensorSpec([None], tf.int64)
-    source = tf.data.Dataset.from_generator(chunks, output_signature=wanted)
+  levels = dataset.levels(split) if form.pairs else dataset.photo_levels(split)[:, None]
+
+  def chunks() -> Iterator[np.ndarray]:
+    for asked in numbers():
+      there = asked[asked < len(levels)]
+      yield from (there[i : i + form.chunk] for i in range(0, len(there), form.chunk))
+
+  source = tf.data.Dataset.from_generator(
+    chunks, output_signature=tf.TensorSpec([None], tf.int64))
   two_batches = 2 * rows * form.eyes
   stream = _photographs(dataset, split, source, form, threads, ahead=two_batches)
-  return _assembled(stream, rows, form)
+  return _assembled(stream, numbers(), levels, rows, form, dataset.max_boxes)
 
 
 def _photographs(
@@ -241,76 +242,55 @@ def _photographs(
   threads: int | None,
   ahead: int,
 ) -> Iterator[Batch]:
-  """The photographs of the rows whose numbers `source` has, one by one, in order.
+  """The photographs of the rows whose numbers `source` has, in chunks; one by one, in order.
 
-  Its elements are numbers, or for single photographs chunks of them. At least `ahead` photographs
-  are fetched ahead.
+  Each has its "image", and for evaluation its names and boxes. At least `ahead` of them are
+  fetched ahead.
   """
   records = dataset.records(split)
   places = None if form.pairs else dataset.places(split)
-  last = len(records if form.pairs else places) - 1
   damage: list[UserError] = []
   most, scale = dataset.max_boxes, form.size / dataset.full_size
-  spec = _SPEC if form.evaluation else {key: _SPEC[key] for key in ("images", "levels")}
+  spec = _SPEC if form.evaluation else {"images": _SPEC["images"]}
 
   def fetch(number: np.ndarray) -> bytes:
-    row = min(int(number), last)
     try:
-      return records[row if form.pairs else int(places[row, 0])]
+      return records[int(number if form.pairs else places[number, 0])]
     except UserError as error:
       damage.append(error)
       raise
 
-  def example(number: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
-    parsed = tf.io.parse_single_example(tf.ensure_shape(record, []), spec)
-    count = tf.shape(parsed["levels"], tf.int64)[0]
+  def encoded(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Of a chunk, what each of its photographs has; the image as it lies in the record."""
+    fetched = lambda numbers: np.array([fetch(number) for number in numbers], object)
+    read = tf.numpy_function(fetched, [numbers], tf.string, stateful=False)
+    parsed = tf.io.parse_example(tf.ensure_shape(read, [None]), spec)
+    images = parsed["images"]
     if form.pairs:
-      own = tf.constant([0, 1], tf.int64)
+      row, eye = images.value_rowids(), tf.ragged.range(images.row_lengths()).flat_values
+      own = lambda values: values.flat_values
     else:
-      own = tf.gather(tf.constant(places[:, 1]), tf.minimum(number, last))[None]
-    there = own < count
-    real = there & (number <= last)
-    eye = lambda values: tf.ensure_shape(tf.gather(values, tf.minimum(own, count - 1)), own.shape)
-    made = {
-      "image": tf.where(there, eye(parsed["images"]), ""),
-      "level": tf.cast(eye(parsed["levels"]), tf.int32),
-      "mask": tf.cast(real, tf.float32),
-    }
+      row, eye = tf.range(tf.size(numbers)), tf.gather(tf.constant(places[:, 1]), numbers)
+      own = lambda values: tf.gather(values.flat_values, values.row_starts() + eye)
+    made = {"image": own(images)}
     if form.evaluation:
-      named = lambda values: tf.where(real, values, "")
-      made["patient"] = tf.fill([form.eyes], named(parsed["patient"])[0])
-      made["image_id"] = named(eye(parsed["image_ids"]))
-      made["eye"] = named(eye(parsed["eyes"]))
-      kept = [real[i] & (parsed["boxes/eye"] == own[i]) for i in range(form.eyes)]
-      scaled = parsed["boxes/box"] * scale
-      made["boxes"] = tf.stack([_padded(scaled[mine], most, 0) for mine in kept])
-      types = tf.cast(parsed["boxes/type"], tf.int32)
-      made["box_type"] = tf.stack([_padded(types[mine], most, -1) for mine in kept])
+      made["patient"] = tf.gather(parsed["patient"], row)
+      made["image_id"], made["eye"] = own(parsed["image_ids"]), own(parsed["eyes"])
+      mine = tf.gather(parsed["boxes/eye"], row) == eye[:, None]
+      of_each = lambda values, fill, shape: tf.ragged.boolean_mask(
+        tf.gather(values, row), mine).to_tensor(fill, shape=[None, most, *shape])
+      made["boxes"] = of_each(parsed["boxes/box"] * scale, 0, [4])
+      made["box_type"] = of_each(tf.cast(parsed["boxes/type"], tf.int32), -1, [])
     return made
 
   def decoded(photograph: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    content = photograph["image"]
-    image = tf.cond(content == "", lambda: tf.zeros([0, 0, form.channels], tf.uint8),
-                    lambda: _decoded(content, dataset, form))
-    return {**photograph, "image": image}
-
-  def both(number: tf.Tensor) -> dict[str, tf.Tensor]:
-    return example(number, tf.numpy_function(fetch, [number], tf.string, stateful=False))
-
-  def single(row: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
-    one = {key: value[0] for key, value in example(*row).items()}
-    return {**one, "image": _decoded(one["image"], dataset, form)}
+    return {**photograph, "image": _decoded(photograph["image"], dataset, form)}
 
   def chunk(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
-    fetched = lambda numbers: np.array([fetch(number) for number in numbers], object)
-    read = tf.numpy_function(fetched, [numbers], tf.string, stateful=False)
-    made = {"image": tf.TensorSpec([form.size, form.size, form.channels], tf.uint8),
-            "level": tf.TensorSpec([], tf.int32), "mask": tf.TensorSpec([], tf.float32)}
-    if form.evaluation:
-      made |= dict.fromkeys(("patient", "image_id", "eye"), tf.TensorSpec([], tf.string))
-      made["boxes"] = tf.TensorSpec([most, 4], tf.float32)
-      made["box_type"] = tf.TensorSpec([most], tf.int32)
-    return tf.map_fn(single, (numbers, tf.ensure_shape(read, [None])), fn_output_signature=made)
+    made = encoded(numbers)
+    image = tf.TensorSpec([form.size, form.size, form.channels], tf.uint8)
+    one = lambda content: _decoded(content, dataset, form)
+    return {**made, "image": tf.map_fn(one, made["image"], fn_output_signature=image)}
 
   options = tf.data.Options()
   options.deterministic = True
@@ -319,7 +299,7 @@ def _photographs(
   parallel = threads or tf.data.AUTOTUNE
   mapped = lambda stream, does: stream.map(_AS_IT_IS(does), num_parallel_calls=parallel)
   if form.pairs:
-    stream = mapped(mapped(source, both).unbatch(), decoded).prefetch(ahead)
+    stream = mapped(mapped(source, encoded).unbatch(), decoded).prefetch(ahead)
   else:
     stream = mapped(source, chunk).prefetch(-(-ahead // form.chunk))
   stream = stream.with_options(options)
@@ -331,7 +311,7 @@ def _photographs(
         if form.pairs:
           yield read
           continue
-        for place in range(len(read["level"])):
+        for place in range(len(read["image"])):
           yield {key: value[place] for key, value in read.items()}
     except broken as error:
       if damage:
@@ -342,26 +322,37 @@ def _photographs(
   return iterate()
 
 
-def _assembled(stream: Iterator[Batch], rows: int, form: _Form) -> Iterator[Batch]:
-  """Batches of `rows` rows from single photographs.
+def _assembled(
+  stream: Iterator[Batch], numbers: Iterator[np.ndarray], levels: np.ndarray, rows: int,
+  form: _Form, most: int,
+) -> Iterator[Batch]:
+  """Batches of the rows that `numbers` has, from single photographs and `levels`, -1 for no eye.
 
   By numpy and not by tf.data: its batches cost a second copy for the pair, and page faults for a
-  fresh buffer each time (together two thirds of what decoding costs).
+  fresh buffer each time (together two thirds of what decoding costs), and each thing that it
+  carries beside a photograph some hundredths.
   """
   shape = (rows, form.eyes)
   buffers = _Buffers((*shape, form.size, form.size, form.channels))
-  for first in stream:
-    batch = {"image": buffers.take()}
-    for key in (key for key in first if key not in batch):
-      text = isinstance(first[key], bytes)
-      batch[key] = np.empty((*shape, *np.shape(first[key])), object if text else first[key].dtype)
+  for asked in numbers:
+    level = levels[np.minimum(asked, len(levels) - 1)]
+    there = (level >= 0) & (asked < len(levels))[:, None]
+    batch = {"image": buffers.take(), "level": np.where(level >= 0, level, level[:, :1]),
+             "mask": there.astype(np.float32)}
+    if form.evaluation:
+      batch |= {key: np.full(shape, "", object) for key in ("patient", "image_id", "eye")}
+      batch["boxes"] = np.zeros((*shape, most, 4), np.float32)
+      batch["box_type"] = np.full((*shape, most), -1, np.int32)
     for place in np.ndindex(shape):
-      photograph = next(stream) if any(place) else first
-      for key, value in photograph.items():
-        if key == "image" and not value.size:
-          value = batch["image"][place[0], 0]
-        batch[key][place] = value.decode() if isinstance(value, bytes) else value
-    if "patient" in batch:
+      if there[place]:
+        photograph = next(stream)
+        image = photograph.pop("image")
+        for key, value in photograph.items():
+          batch[key][place] = value.decode() if isinstance(value, bytes) else value
+      elif place[1] == 0:
+        image = 0  # a row of padding
+      batch["image"][place] = image  # of a missing eye the own one
+    if form.evaluation:
       batch["patient"] = batch["patient"][:, 0]
     yield batch
     del batch  # or its buffer would never be free
@@ -387,13 +378,6 @@ class _Buffers:
         return self._arrays[number]
     self._arrays = [*self._arrays[1 - self.KEPT :], np.empty(self._shape, np.uint8)]
     return self._arrays[-1]
-
-
-def _padded(values: tf.Tensor, length: int, fill: int) -> tf.Tensor:
-  """`values` [n, …] up to [length, …]."""
-  missing = [[0, length - tf.shape(values)[0]]] + [[0, 0]] * (values.shape.rank - 1)
-  padded = tf.pad(values, missing, constant_values=tf.cast(fill, values.dtype))
-  return tf.ensure_shape(padded, [length, *values.shape[1:]])
 
 
 def _decoded(content: tf.Tensor, dataset: DataSet, form: _Form) -> tf.Tensor:
