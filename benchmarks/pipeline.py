@@ -6,9 +6,10 @@
 
 Draws a set (or takes a prepared one), then times in turns, in one run, `pipeline.train_batches` and
 the bare decoding of as many of the very same JPEGs, already in memory, by the same decoder, as
-parallel (a missing eye, which the pipeline copies, is not counted). A core's rate is of processor time, so it is fair on a machine shared with others. With --device-rate,
-the images a second that an accelerator takes (benchmarks.step tells), it says how many such cores
-that needs, and whether this machine has them: input_bound.
+parallel (a missing eye, which the pipeline copies, is not counted). A core's rate is of processor
+time, so it is fair on a machine shared with others. With --device-rate, the images a second that an
+accelerator takes (benchmarks.step tells), it says how many such cores that needs, and whether this
+machine has them: input_bound.
 """
 
 from __future__ import annotations
