@@ -178,8 +178,7 @@ def local_step(
     zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "hits", "images")}
     carry = (jax.tree.map(jnp.zeros_like, (params, made)), state.batch_stats, zeros)
     numbered = (jnp.arange(accumulation), microbatches)
-    # No loop where none is needed: XLA fuses across what a loop would part, and on a CPU computes
-    # the gradient of a convolution's kernel some 60 times slower inside one.
+    # No loop where none is needed: XLA fuses across what a loop would part.
     if accumulation == 1:
       carry, _ = micro(carry, jax.tree.map(lambda x: x[0], numbered))
     else:

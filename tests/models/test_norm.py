@@ -1,5 +1,7 @@
 """Normalisation over groups is what it says, and its closed-form gradient is the gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,42 @@ def test_features_smaller_than_the_kernel(size, kernel, stride, padding):
   np.testing.assert_allclose(y, plain, atol=1e-5)
   for found, expected in zip(pull(jnp.cos(y)), plain_pull(jnp.cos(y)), strict=True):
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [
+  ((3, 3), 1, None), ((3, 3), 2, None), ((3, 3), 2, (0, 0)), ((7, 7), 2, None), ((1, 7), 1, None),
+  ((3, 2), 3, (1, 0))])
+def test_gradients_are_jaxs_own_and_in_a_loop_convolutions_that_a_cpu_has(kernel, stride, padding):
+  x = np.random.default_rng(5).normal(size=(2, 18, 17, 3)).astype(np.float32)
+  conv = Conv(4, kernel, stride, padding)
+  weights = conv.init(jax.random.key(0), x)["params"]["kernel"]
+  rows, columns = padding or (kernel[0] // 2, kernel[1] // 2)
+
+  def wanted(x, weights):
+    return jax.lax.conv_general_dilated(
+      x, weights, (stride, stride), ((rows, rows), (columns, columns)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def gradients(function, x, weights):
+    y, pull = jax.vjp(function, x, weights)
+    return pull(jnp.cos(y))
+
+  ours = lambda x, weights: conv.apply({"params": {"kernel": weights}}, x)
+  for found, expected in zip(
+      gradients(ours, x, weights), gradients(wanted, x, weights), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+  def layouts(function):
+    def looped(xs, weights):
+      return jax.lax.map(lambda x: gradients(function, x, weights), xs)
+
+    text = jax.jit(looped).lower(np.stack([x, x]), weights).compile().as_text()
+    found = re.findall(r" convolution\(.*dim_labels=(\S+?),", text)
+    assert len(found) == 3
+    return set(found)
+
+  # Others XLA's CPU computes in a loop number by number.
+  assert layouts(ours) == {"b01f_01io->b01f"} != layouts(wanted)
 
 
 @pytest.mark.parametrize("kernel, stride, padding, side", [
