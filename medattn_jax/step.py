@@ -26,9 +26,6 @@ from medattn_jax import augment, losses, sharding
 # Convolutions are left to Eigen: YNNPACK runs one of up to 64 features on one core alone.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type":
                 "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
-# What a train step holds lies in pieces that glibc keeps from step to step (those below 32 MB);
-# one of 100 MB is given back after each, and its 28,000 pages are new in the next.
-_CPU_TRAINING = {**_CPU_OPTIONS, "xla_multiheap_size_constraint_per_heap": "16000000"}
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
@@ -265,7 +262,7 @@ def make_train_step(
       in_shardings=(on_mesh(where), on_mesh(inputs)),
       out_shardings=(on_mesh(where), sharding.replicated(mesh)),
       donate_argnums=0,
-      compiler_options=compiler_options(platform, training=True),
+      compiler_options=compiler_options(platform),
   )
 
 
@@ -300,16 +297,15 @@ def make_eval_step(
   )
 
 
-def compiler_options(platform: str, training: bool = False) -> dict[str, str]:
-  """XLA's options for a step on devices of `platform`: on a CPU those that its XLA knows."""
-  wanted = (_CPU_TRAINING if training else _CPU_OPTIONS) if platform == "cpu" else {}
-  return {name: value for name, value in wanted.items() if _known(name, value)}
+def compiler_options(platform: str) -> dict[str, str]:
+  """XLA's options for a step on devices of `platform`: none but on a CPU whose XLA knows them."""
+  return _CPU_OPTIONS if platform == "cpu" and _known(tuple(_CPU_OPTIONS.items())) else {}
 
 
 @functools.cache
-def _known(name: str, value: str) -> bool:
+def _known(options: tuple[tuple[str, str], ...]) -> bool:
   try:
-    jax.jit(lambda x: x).lower(0.0).compile(compiler_options={name: value})
+    jax.jit(lambda x: x).lower(0.0).compile(compiler_options=dict(options))
   except jax.errors.JaxRuntimeError:
     return False
   return True

@@ -1,8 +1,6 @@
 """The step on a small two-branch model: one all-reduce, the same numbers on any device count."""
 
-import platform
 import re
-import resource
 
 import flax.linen as nn
 import jax
@@ -217,30 +215,7 @@ def test_eval_step_gives_each_patient_its_answers_without_a_collective():
 
 
 def test_options_are_a_cpus_and_only_those_that_its_compiler_knows(monkeypatch):
-  assert steps.compiler_options("tpu", training=True) == {}
+  assert steps.compiler_options("tpu") == {}
   assert steps.compiler_options("cpu") == steps._CPU_OPTIONS
-  assert steps.compiler_options("cpu", training=True) == steps._CPU_TRAINING
-  monkeypatch.setitem(steps._CPU_TRAINING, "xla_cpu_no_such_option", "1")
-  assert "xla_cpu_no_such_option" not in steps.compiler_options("cpu", training=True)
-  assert steps.compiler_options("cpu", training=True)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps or returns")
-def test_a_cpus_memory_is_kept_from_step_to_step():
-  """Of eight arrays of 8 MB, all held at once, few pages are new in a later call."""
-
-  def held(x):
-    parts = jax.lax.optimization_barrier([jnp.sin(x + number) for number in range(8)])
-    return sum(part.max() for part in parts)
-
-  x = jnp.zeros(2 * 2**20)
-  options = steps.compiler_options("cpu", training=True)
-  compiled = jax.jit(held).lower(x).compile(compiler_options=options)
-  pages = compiled.memory_analysis().temp_size_in_bytes / resource.getpagesize()
-  assert pages > 12_000
-  new = []
-  for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    compiled(x).block_until_ready()
-    new.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-  assert min(new) < pages / 2, new
+  monkeypatch.setattr(steps, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+  assert steps.compiler_options("cpu") == {}

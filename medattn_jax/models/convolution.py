@@ -1,0 +1,105 @@
+"""How a convolution is computed, and where: the same numbers, by what a platform is good at."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+
+def convolve(
+  x: Float[jax.Array | np.ndarray, "b h w c"], kernel: Float[jax.Array | np.ndarray, "k l c d"],
+  stride: int, padding: tuple[int, int],
+) -> Float[jax.Array, "b h2 w2 d"]:
+  """The convolution of x, `padding` rows and columns of zeros on each side; of one dtype."""
+  if kernel.shape[:2] == (1, 1) and padding == (0, 0):
+    if stride > 1:
+      # Held apart: a GPU's compiler fails where it fuses this and what is computed twice (see
+      # `remat`) to the product.
+      x = jax.lax.optimization_barrier(x[:, ::stride, ::stride])
+    return jax.lax.platform_dependent(x, kernel[0, 0], tpu=_convolve_point, default=_multiply)
+  if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(kernel.shape[:2]):
+    return _convolve_tiny(x, kernel, stride, padding)
+  where = {"stride": stride, "padding": padding}
+  return jax.lax.platform_dependent(
+    x, kernel, cpu=functools.partial(_convolve_on_cpu, **where),
+    default=functools.partial(_convolve_plain, **where))
+
+
+def _convolve_tiny(x, kernel, stride, padding):
+  """The convolution of features smaller than its kernel: a matrix product for each tap that counts.
+
+  (XLA's CPU convolution is twenty times slower where the kernel is the larger one.)
+  """
+  sides = [max(0, (side + 2 * around - size) // stride + 1)
+           for side, size, around in zip(x.shape[1:3], kernel.shape, padding, strict=False)]
+
+  def within(axis, tap):
+    """The outputs that see the features through a tap: first, end; and the positions they see."""
+    behind = padding[axis] - tap
+    first = max(0, -(-behind // stride))
+    end = min(sides[axis], (x.shape[1 + axis] - 1 + behind) // stride + 1)
+    return first, end, slice(first * stride - behind, (end - 1) * stride - behind + 1, stride)
+
+  y = jnp.zeros((len(x), *sides, kernel.shape[-1]), x.dtype)
+  for row, column in np.ndindex(kernel.shape[:2]):
+    (top, bottom, rows), (left, right, columns) = within(0, row), within(1, column)
+    if top < bottom and left < right:
+      around = ((0, 0), (top, sides[0] - bottom), (left, sides[1] - right), (0, 0))
+      y += jnp.pad(x[:, rows, columns] @ kernel[row, column], around)
+  return y
+
+
+def _convolve_plain(x, kernel, stride, padding):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), [(around, around) for around in padding],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# In a loop (microbatches) XLA's CPU computes a convolution number by number, 45 times slower, where
+# its axes lie otherwise than in a forward pass, as JAX's own gradients have them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_on_cpu(x, kernel, stride, padding):
+  return _convolve_plain(x, kernel, stride, padding)
+
+
+def _convolve_on_cpu_forward(x, kernel, stride, padding):
+  return _convolve_plain(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolve_on_cpu_backward(stride, padding, saved, gradient):
+  x, kernel = saved
+  if not gradient.size:
+    return jnp.zeros_like(x), jnp.zeros_like(kernel)
+  rests = [side + 2 * around - taps - stride * (out - 1)  # rows, columns that no window reaches
+           for side, around, taps, out in zip(
+             x.shape[1:3], padding, kernel.shape, gradient.shape[1:3], strict=False)]
+  convolve = functools.partial(
+    jax.lax.conv_general_dilated, window_strides=(1, 1),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  of_x = convolve(
+    gradient, kernel[::-1, ::-1].swapaxes(2, 3), lhs_dilation=(stride, stride),
+    padding=[(taps - 1 - around, taps - 1 - around + rest)
+             for taps, around, rest in zip(kernel.shape, padding, rests, strict=False)])
+  of_kernel = convolve(
+    x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), rhs_dilation=(stride, stride),
+    padding=[(around, around - rest) for around, rest in zip(padding, rests, strict=True)])
+  return of_x, of_kernel.transpose(1, 2, 0, 3)
+
+
+_convolve_on_cpu.defvjp(_convolve_on_cpu_forward, _convolve_on_cpu_backward)
+
+
+def _multiply(x, kernel):
+  """1×1 as a matrix: the kernel's gradient then contracts one axis, 20× faster on a CPU."""
+  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _convolve_point(x, kernel):
+  """1×1 as a convolution: its gradients keep a TPU's layout of their neighbours."""
+  return jax.lax.conv_general_dilated(
+    x, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
