@@ -46,7 +46,7 @@ def test_broken_devices_are_told_and_not_raised(monkeypatch, capsys):
   ("found", "platforms", "environment", "present", "said"),
   [
     ({}, {"cpu"}, {}, set(), "no accelerator"),
-    ({}, {"cpu"}, {}, set(), "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 "),
+    ({}, {"cpu"}, {}, set(), "GLIBC_TUNABLES=glibc.malloc.arena_max=1:"),
     ({}, {"cpu"}, {}, {"cuda"}, "medattn_jax[cuda12]"),
     ({}, {"cpu"}, {}, {"tpu"}, "medattn_jax[tpu]"),
     ({}, {"cpu"}, {"JAX_PLATFORMS": "cpu"}, {"cuda"}, "JAX_PLATFORMS=cpu hides"),
