@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,9 @@ __all__ = ["Batch", "DataSet", "epoch_order", "eval_batches", "open_dataset", "p
 __all__ += ["train_batches"]
 
 Batch = dict[str, np.ndarray]
+
+_ENDLESS = sys.maxsize  # in place of a last step
+_READERS = 4  # chunks read at once: Python reads one after the other, but waits for several
 
 # AutoGraph would write each function anew, for its ifs: half a second a stream, and they have none.
 _AS_IT_IS = tf.autograph.experimental.do_not_convert
@@ -63,19 +68,18 @@ def train_batches(
   rows = _share(batch_size, process_index, process_count)
   levels = dataset.levels(split) if pairs else dataset.photo_levels(split)[:, None]
 
-  def numbers() -> Iterator[np.ndarray]:
-    drawn = functools.lru_cache(2)(
-      functools.partial(epoch_order, len(levels), seed, levels=levels if balanced else None)
-    )
-    step = start_step
-    while True:
-      places = np.arange(step * batch_size + rows.start, step * batch_size + rows.stop)
-      epochs, within = np.divmod(places, len(levels))
-      yield np.array([drawn(int(e))[i] for e, i in zip(epochs, within, strict=True)])
-      step += 1
+  drawn = functools.lru_cache(8)(
+    functools.partial(epoch_order, len(levels), seed, levels=levels if balanced else None)
+  )
+
+  def numbers(places: np.ndarray) -> np.ndarray:
+    steps, places = np.divmod(places, len(rows))
+    epochs, places = np.divmod(steps * batch_size + rows.start + places, len(levels))
+    return np.concatenate([drawn(int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
   form = _Form(full_size, channels, pairs, evaluation=False)
-  return _batches(dataset, split, numbers, len(rows), form, threads)
+  steps = range(start_step, _ENDLESS)
+  return _batches(dataset, split, numbers, steps, len(rows), form, threads)
 
 
 def eval_batches(
@@ -106,13 +110,10 @@ def eval_batches(
   if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
     raise IndexError(f"examples {wanted.min()} to {wanted.max()} of {count}")
   filled = np.concatenate([wanted, np.full(-len(wanted) % batch_size, count)])
-
-  def numbers() -> Iterator[np.ndarray]:
-    for first in range(0, len(filled), batch_size):
-      yield filled[first + rows.start : first + rows.stop]
-
+  own = filled.reshape(-1, batch_size)[:, rows.start : rows.stop]
   form = _Form(full_size, channels, pairs, evaluation=True)
-  return _batches(dataset, split, numbers, len(rows), form, threads)
+  numbers, steps = own.reshape(-1).__getitem__, range(len(own))
+  return _batches(dataset, split, numbers, steps, len(rows), form, threads)
 
 
 def photographs(
@@ -136,8 +137,9 @@ def photographs(
   if asked.size and not 0 <= asked.min() <= asked.max() < count:
     raise IndexError(f"photographs {asked.min()} to {asked.max()} of {count}")
   form = _Form(full_size, channels, pairs=False, evaluation=False)
-  source = tf.data.Dataset.from_tensor_slices(asked).batch(form.chunk)
-  return (one["image"] for one in _photographs(dataset, split, source, form, threads, ahead=16))
+  places = range(len(asked))
+  stream = _photographs(dataset, split, asked.__getitem__, places, form, threads, ahead=16)
+  return (one["image"] for one in itertools.islice(stream, len(asked)))
 
 
 def epoch_order(
@@ -169,18 +171,6 @@ def _share(batch_size: int, process_index: int, process_count: int) -> range:
   return range(process_index * each, (process_index + 1) * each)
 
 
-_RAGGED = functools.partial(tf.io.RaggedFeature, row_splits_dtype=tf.int64)
-_SPEC = {
-  "images": _RAGGED(tf.string),
-  "patient": tf.io.FixedLenFeature([], tf.string),
-  "image_ids": _RAGGED(tf.string),
-  "eyes": _RAGGED(tf.string),
-  "boxes/eye": _RAGGED(tf.int64),
-  "boxes/type": _RAGGED(tf.int64),
-  "boxes/box": _RAGGED(tf.float32, partitions=[tf.io.RaggedFeature.UniformRowLength(4)]),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class _Form:
   """How photographs are to be had: see train_batches; `evaluation`: with names and boxes."""
@@ -199,119 +189,114 @@ class _Form:
     return 2 if self.pairs else 1
 
   @property
-  def chunk(self) -> int:
-    """How many rows are read at once: pairs, or single photographs, the more the smaller they are.
+  def group(self) -> int:
+    """How many photographs are decoded at once, the more the smaller they are.
 
-    A step of tf.data costs many times what decoding a photograph of 48² pixels does, and a call of
-    Python from it a fifth of what one of 400² does.
+    A step of tf.data costs more than decoding a photograph of 48² pixels, and a tenth of 400².
     """
-    return 16 if self.pairs else min(64, max(1, 2**19 // (self.size**2 * self.channels)))
+    return min(16, max(4, 2**22 // (self.size**2 * self.channels)))
+
+  @property
+  def chunk(self) -> int:
+    """How many rows are read at once: a call of Python from tf.data costs 150 µs and more."""
+    return 4 * self.group // self.eyes
 
 
 def _batches(
   dataset: DataSet,
   split: str,
-  numbers: Callable[[], Iterator[np.ndarray]],
+  numbers: Callable[[np.ndarray], np.ndarray],
+  steps: range,
   rows: int,
   form: _Form,
   threads: int | None,
 ) -> Iterator[Batch]:
-  """Batches of the rows that `numbers` (arrays of `rows` row numbers) asks for.
+  """The batches of these steps, of the rows that `numbers` has at places s·rows … of a step s.
 
   Numbers from the end of the split on are padding.
   """
   levels = dataset.levels(split) if form.pairs else dataset.photo_levels(split)[:, None]
-
-  def chunks() -> Iterator[np.ndarray]:
-    for asked in numbers():
-      there = asked[asked < len(levels)]
-      yield from (there[i : i + form.chunk] for i in range(0, len(there), form.chunk))
-
-  source = tf.data.Dataset.from_generator(
-    chunks, output_signature=tf.TensorSpec([None], tf.int64))
+  places = range(steps.start * rows, min(steps.stop * rows, _ENDLESS))
   two_batches = 2 * rows * form.eyes
-  stream = _photographs(dataset, split, source, form, threads, ahead=two_batches)
-  return _assembled(stream, numbers(), levels, rows, form, dataset.max_boxes)
+  stream = _photographs(dataset, split, numbers, places, form, threads, ahead=two_batches)
+  asked = (numbers(np.arange(step * rows, (step + 1) * rows)) for step in steps)
+  return _assembled(stream, asked, levels, rows, form, dataset.max_boxes)
 
 
 def _photographs(
   dataset: DataSet,
   split: str,
-  source: tf.data.Dataset,
+  numbers: Callable[[np.ndarray], np.ndarray],
+  places: range,
   form: _Form,
   threads: int | None,
   ahead: int,
 ) -> Iterator[Batch]:
-  """The photographs of the rows whose numbers `source` has, in chunks; one by one, in order.
+  """The photographs of the rows that `numbers` has at these places; one by one, in order.
 
   Each has its "image", and for evaluation its names and boxes. At least `ahead` of them are
   fetched ahead.
   """
   records = dataset.records(split)
-  places = None if form.pairs else dataset.places(split)
-  damage: list[UserError] = []
+  each = None if form.pairs else dataset.places(split)
+  count = len(records) if form.pairs else len(each)
   most, scale = dataset.max_boxes, form.size / dataset.full_size
-  spec = _SPEC if form.evaluation else {"images": _SPEC["images"]}
+  kinds = {"image": tf.TensorSpec([None], tf.string)}
+  if form.evaluation:
+    kinds |= {key: kinds["image"] for key in ("patient", "image_id", "eye")}
+    kinds["boxes"] = tf.TensorSpec([None, most, 4], tf.float32)
+    kinds["box_type"] = tf.TensorSpec([None, most], tf.int32)
+  damage: list[UserError] = []
 
-  def fetch(number: np.ndarray) -> bytes:
+  def record(number: int) -> bytes:
     try:
-      return records[int(number if form.pairs else places[number, 0])]
+      return records[int(number)]
     except UserError as error:
       damage.append(error)
       raise
 
-  def encoded(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Of a chunk, what each of its photographs has; the image as it lies in the record."""
-    fetched = lambda numbers: np.array([fetch(number) for number in numbers], object)
-    read = tf.numpy_function(fetched, [numbers], tf.string, stateful=False)
-    parsed = tf.io.parse_example(tf.ensure_shape(read, [None]), spec)
-    images = parsed["images"]
-    if form.pairs:
-      row, eye = images.value_rowids(), tf.ragged.range(images.row_lengths()).flat_values
-      own = lambda values: values.flat_values
-    else:
-      row, eye = tf.range(tf.size(numbers)), tf.gather(tf.constant(places[:, 1]), numbers)
-      own = lambda values: tf.gather(values.flat_values, values.row_starts() + eye)
-    made = {"image": own(images)}
-    if form.evaluation:
-      made["patient"] = tf.gather(parsed["patient"], row)
-      made["image_id"], made["eye"] = own(parsed["image_ids"]), own(parsed["eyes"])
-      mine = tf.gather(parsed["boxes/eye"], row) == eye[:, None]
-      of_each = lambda values, fill, shape: tf.ragged.boolean_mask(
-        tf.gather(values, row), mine).to_tensor(fill, shape=[None, most, *shape])
-      made["boxes"] = of_each(parsed["boxes/box"] * scale, 0, [4])
-      made["box_type"] = of_each(tf.cast(parsed["boxes/type"], tf.int32), -1, [])
-    return made
+  def fetch(first: np.ndarray) -> list[np.ndarray]:
+    """Of a chunk's photographs what `kinds` names, the image as it lies in the record."""
+    asked = numbers(np.arange(first, min(first + form.chunk, places.stop)))
+    asked = asked[asked < count]
+    wanted = [(row, None) for row in asked] if form.pairs else each[asked]
+    found = [
+      one for row, eye in wanted for one in _of_record(record(row), eye, form.evaluation, most)]
+    return [np.array([one[key] for one in found], spec.dtype.as_numpy_dtype)
+            .reshape(-1, *spec.shape[1:]) for key, spec in kinds.items()]
 
-  def decoded(photograph: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    return {**photograph, "image": _decoded(photograph["image"], dataset, form)}
+  def encoded(first: tf.Tensor) -> dict[str, tf.Tensor]:
+    types = [spec.dtype for spec in kinds.values()]
+    values = tf.numpy_function(fetch, [first], types, stateful=False)
+    return {key: tf.ensure_shape(value, spec.shape)
+            for (key, spec), value in zip(kinds.items(), values, strict=True)}
 
-  def chunk(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
-    made = encoded(numbers)
-    image = tf.TensorSpec([form.size, form.size, form.channels], tf.uint8)
-    one = lambda content: _decoded(content, dataset, form)
-    return {**made, "image": tf.map_fn(one, made["image"], fn_output_signature=image)}
+  def decoded(group: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Of a group, the same decoded; what the last one lacks is filled with its first."""
+    content = group.pop("image")
+    filled = tf.range(form.group) % tf.size(content)
+    made = {key: tf.gather(value, filled) for key, value in group.items()}
+    if "boxes" in made:
+      made["boxes"] *= scale
+    one = lambda place: _decoded(content[place], dataset, form)
+    return {**made, "image": tuple(one(place) for place in tf.unstack(filled, form.group))}
 
   options = tf.data.Options()
   options.deterministic = True
   if threads:
     options.threading.private_threadpool_size = threads
   parallel = threads or tf.data.AUTOTUNE
-  mapped = lambda stream, does: stream.map(_AS_IT_IS(does), num_parallel_calls=parallel)
-  if form.pairs:
-    stream = mapped(mapped(source, encoded).unbatch(), decoded).prefetch(ahead)
-  else:
-    stream = mapped(source, chunk).prefetch(-(-ahead // form.chunk))
-  stream = stream.with_options(options)
+  # Not from_generator: from then on glibc would keep no array above 128 kB, of nobody's.
+  source = tf.data.Dataset.range(places.start, places.stop, form.chunk)
+  read = source.map(_AS_IT_IS(encoded), num_parallel_calls=threads or _READERS)
+  stream = read.rebatch(form.group).map(_AS_IT_IS(decoded), num_parallel_calls=parallel)
+  stream = stream.prefetch(-(-ahead // form.group)).with_options(options)
   broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
   def iterate() -> Iterator[Batch]:
     try:
       for read in stream.as_numpy_iterator():
-        if form.pairs:
-          yield read
-          continue
-        for place in range(len(read["image"])):
+        for place in range(form.group):
           yield {key: value[place] for key, value in read.items()}
     except broken as error:
       if damage:
@@ -320,6 +305,27 @@ def _photographs(
       raise UserError(f"{dataset.folder}, split {split}, cannot be read: {line}") from None
 
   return iterate()
+
+
+def _of_record(record: bytes, eye: int | None, named: bool, most: int) -> Iterator[dict[str, Any]]:
+  """What each photograph of a record (or this one alone) has; its names and `most` boxes if asked.
+
+  TensorFlow's own parser takes three times as long, as it copies each photograph.
+  """
+  feature = tf.train.Example.FromString(record).features.feature
+  words = lambda key: feature[key].bytes_list.value
+  images = words("images")
+  for number in range(len(images)) if eye is None else (eye,):
+    made = {"image": images[number]}
+    if named:
+      made |= {"patient": words("patient")[0], "image_id": words("image_ids")[number],
+               "eye": words("eyes")[number]}
+      own = np.flatnonzero(np.array(feature["boxes/eye"].int64_list.value) == number)
+      boxes, types = np.zeros((most, 4), np.float32), np.full(most, -1)
+      boxes[: len(own)] = np.reshape(feature["boxes/box"].float_list.value, (-1, 4))[own]
+      types[: len(own)] = np.array(feature["boxes/type"].int64_list.value, int)[own]
+      made |= {"boxes": boxes, "box_type": types}
+    yield made
 
 
 def _assembled(
