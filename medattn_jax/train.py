@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import pathlib
 import statistics
 import time
@@ -244,6 +245,8 @@ def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
 
 def keep_compiled(folder: pathlib.Path) -> None:
   """Compiled programs of this run are kept in its workdir: a second start compiles nothing."""
+  if "xla_multiheap_size_constraint_per_heap" in os.environ.get("XLA_FLAGS", ""):
+    return  # XLA stores no program whose memory comes in pieces, and warns of each
   jax.config.update("jax_compilation_cache_dir", str(folder))
   if jax.default_backend() != "gpu":
     # XLA's cache of kernels, which GPUs alone have: with it each key would hold the folder's name,
