@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -80,6 +83,32 @@ def test_a_late_start_reads_nothing_of_what_it_skips(dataset, monkeypatch):
   monkeypatch.setattr(kind, "__getitem__", lambda self, n: asked.append(n) or get(self, n))
   next(pipeline.train_batches(dataset, "train", start_step=10**9, **TRAIN))
   assert len(asked) < 400  # this batch and what is fetched ahead
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from medattn_jax.data import pipeline
+
+dataset = pipeline.open_dataset("csv", sys.argv[1], full_size=int(sys.argv[2]))
+size = int(sys.argv[2])
+stream = pipeline.train_batches(
+  dataset, "train", batch_size=4, full_size=size, seed=3, start_step=0)
+next(stream)
+for turn in range(20):
+  if turn == 10:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  np.ones(2**18)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_arrays_of_the_process_are_not_new_pages_each_time(small_set):
+  """As they are once tf.data has begun with a generator of Python: 512 of 4 KiB here."""
+  run = subprocess.run([sys.executable, "-c", FAULTS, small_set, str(SIZE)], timeout=120,
+                       capture_output=True, text=True, check=True)
+  assert float(run.stdout.split()[-1]) < 100
 
 
 def test_processes_share_a_batch(dataset):
