@@ -295,9 +295,9 @@ def _photographs(
 
   def iterate() -> Iterator[Batch]:
     try:
-      for read in stream.as_numpy_iterator():
+      for group in stream.as_numpy_iterator():
         for place in range(form.group):
-          yield {key: value[place] for key, value in read.items()}
+          yield {key: value[place] for key, value in group.items()}
     except broken as error:
       if damage:
         raise damage[0] from None
