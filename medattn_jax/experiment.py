@@ -309,7 +309,7 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
   if devices is None:
     return
   batch, group = config.data.batch_size, config.norm.group_size
-  each, *image = models.image_shape(config)
+  each = models.image_shape(config)[0]
   what = "patients" if each > 1 else "images"
   if batch % devices:
     raise UserError(
@@ -321,8 +321,15 @@ def check(config: ml_collections.ConfigDict, devices: int | None = None) -> None
         f"norm.group_size = {group} does not divide a device's {each * batch // devices} images "
         f"(data.batch_size = {batch} {what} over {devices} devices); accepted: a divisor of it"
     )
-  # Two updates are uploaded ahead; whoever asks for more than there is would be killed wordlessly.
-  small = each * math.prod(image) * batch // jax.process_count()
+
+
+def check_host(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError unless this host, which is to train, has room for an update's photographs.
+
+  Whoever asks for more than there is would be killed wordlessly.
+  """
+  batch = config.data.batch_size
+  small = math.prod(models.image_shape(config)) * batch // jax.process_count()
   for phase in phases(config):
     update = small * config.phases[phase].accumulation
     if update > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):

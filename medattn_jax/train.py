@@ -54,6 +54,7 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
   """
   sharding.devices()
   experiment.check(config, jax.device_count())
+  experiment.check_host(config)
   if not experiment.total_steps(config):
     raise UserError("phases: steps is 0 in every phase; accepted: at least one step to train")
   asked = pages.flatten(pages.to_dict(config))
