@@ -18,9 +18,9 @@ from medattn_jax.data import preprocess
 
 MAX_BYTES = preprocess.MAX_BYTES  # of one entry, unpacked
 MAX_ENTRIES = 100_000
-# What a damaged archive raises while it is read; zipfile says NotImplementedError where a byte of
-# it names a compression that there is not, and RuntimeError where one says that it is locked.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError)
+# What a damaged archive raises while it is read; zipfile says RuntimeError where a byte of it names
+# a compression that there is not, or says that it is locked.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 _UNREADABLE = (*DAMAGE, OSError, MemoryError, struct.error)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # lzma takes the memory a header asks for
 

@@ -28,7 +28,7 @@ __all__ += ["train_batches"]
 Batch = dict[str, np.ndarray]
 
 _ENDLESS = sys.maxsize  # in place of a last step
-_READERS = 4  # chunks read at once: Python reads one after the other, but waits for several
+_READERS = 2  # chunks read at once: Python reads one after the other, but waits for both
 
 # AutoGraph would write each function anew, for its ifs: half a second a stream, and they have none.
 _AS_IT_IS = tf.autograph.experimental.do_not_convert
@@ -138,7 +138,7 @@ def photographs(
     raise IndexError(f"photographs {asked.min()} to {asked.max()} of {count}")
   form = _Form(full_size, channels, pairs=False, evaluation=False)
   places = range(len(asked))
-  stream = _photographs(dataset, split, asked.__getitem__, places, form, threads, ahead=16)
+  stream = _photographs(dataset, split, asked.__getitem__, places, form, threads, 4 * form.group)
   return (one["image"] for one in itertools.islice(stream, len(asked)))
 
 
@@ -198,7 +198,7 @@ class _Form:
 
   @property
   def chunk(self) -> int:
-    """How many rows are read at once: a call of Python from tf.data costs 150 µs and more."""
+    """How many rows are read at once, at most: a call of Python from tf.data costs 150 µs."""
     return 4 * self.group // self.eyes
 
 
@@ -246,6 +246,7 @@ def _photographs(
     kinds |= {key: kinds["image"] for key in ("patient", "image_id", "eye")}
     kinds["boxes"] = tf.TensorSpec([None, most, 4], tf.float32)
     kinds["box_type"] = tf.TensorSpec([None, most], tf.int32)
+  chunk = min(form.chunk, ahead // form.eyes)  # a small batch waits for no more than it needs
   damage: list[UserError] = []
 
   def record(number: int) -> bytes:
@@ -257,7 +258,7 @@ def _photographs(
 
   def fetch(first: np.ndarray) -> list[np.ndarray]:
     """Of a chunk's photographs what `kinds` names, the image as it lies in the record."""
-    asked = numbers(np.arange(first, min(first + form.chunk, places.stop)))
+    asked = numbers(np.arange(first, min(first + chunk, places.stop)))
     asked = asked[asked < count]
     wanted = [(row, None) for row in asked] if form.pairs else each[asked]
     found = [
@@ -287,7 +288,7 @@ def _photographs(
     options.threading.private_threadpool_size = threads
   parallel = threads or tf.data.AUTOTUNE
   # Not from_generator: from then on glibc would keep no array above 128 kB, of nobody's.
-  source = tf.data.Dataset.range(places.start, places.stop, form.chunk)
+  source = tf.data.Dataset.range(places.start, places.stop, chunk)
   read = source.map(_AS_IT_IS(encoded), num_parallel_calls=threads or _READERS)
   stream = read.rebatch(form.group).map(_AS_IT_IS(decoded), num_parallel_calls=parallel)
   stream = stream.prefetch(-(-ahead // form.group)).with_options(options)

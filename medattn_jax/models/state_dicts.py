@@ -122,7 +122,7 @@ def _of_tensor(file: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
   try:
     tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  except (TypeError, RuntimeError, NotImplementedError) as error:
+  except (TypeError, RuntimeError) as error:
     raise UserError(f"{file}: {name} is no plain tensor: {_one_line(error)}; {_SAVED}") from None
 
 
@@ -133,7 +133,7 @@ def _check_archive(file: pathlib.Path) -> None:
   try:
     with zipfile.ZipFile(file) as archive:
       parts = archive.infolist()
-  except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+  except (zipfile.BadZipFile, RuntimeError, ValueError, OSError) as error:
     raise UserError(f"{file}: damaged: {_one_line(error)}; {_SAVED}") from None
   stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
   if not stored or sum(part.file_size for part in parts) > file.stat().st_size:
