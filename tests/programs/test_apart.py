@@ -1,6 +1,7 @@
 """A process apart: its answers, its exceptions, its death; and what it leaves behind."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
