@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.rows import rounded
 from medattn_jax import experiment as experiments
-from medattn_jax import models
+from medattn_jax import heap, models
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
 from medattn_jax.programs import ceilings, chips, traffic, unrun
@@ -35,6 +35,7 @@ def devices(asked: str | None) -> list[int]:
     raise UserError(f"--devices={asked}; accepted: numbers with commas between") from None
   if counts:
     split(max(1, *counts))
+  heap.run_in_caller()
   there = jax.devices()
   if counts and not 1 <= min(counts) <= max(counts) <= len(there):
     raise UserError(f"--devices={asked}; accepted: from 1 to {len(there)}")
@@ -68,7 +69,8 @@ class Running:
   """
 
   def __init__(self, compiled: Callable, state: Any, batch: Any):
-    self.compiled, self.state, self.batch, self.metrics = compiled, state, batch, None
+    self.compiled, self.state, self.batch = heap.Kept(compiled), state, batch
+    self.metrics = None
 
   def run(self, steps: int) -> float:
     """Milliseconds a step, over so many."""

@@ -22,9 +22,6 @@ LIBRARIES = (
   + ("matplotlib", "safetensors", "torch", "libtpu")
 )
 
-# For XLA: a step in pieces below 32 MB, which glibc keeps; its memory is else new pages each time.
-PIECES = "--xla_multiheap_size_constraint_per_heap=16000000"
-
 
 def run() -> None:
   """Prints the versions, the devices with their memory and matmul rates, and advice."""
@@ -125,11 +122,6 @@ def advice(
       lines.append("a TPU is here and JAX does not use it: pip install 'medattn_jax[tpu]'")
     else:
       lines.append("no accelerator: the demo page trains on a CPU; the papers' pages need more")
-    if sys.platform == "linux" and PIECES.partition("=")[0] not in flags:
-      lines.append(
-        f"each step asks the system for its memory anew; XLA_FLAGS={PIECES} has it in pieces that"
-        " are kept, for some 10 % more steps on a CPU; a run that is continued then compiles anew"
-      )
   if found.get("jax") and found.get("jaxlib") and found["jax"] != found["jaxlib"]:
     lines.append(f"jax {found['jax']} and jaxlib {found['jaxlib']} differ: install them together")
   tensorflow = found.get("tensorflow") or found.get("tensorflow-cpu")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import pathlib
 import statistics
 import time
@@ -20,7 +19,16 @@ import jax
 import ml_collections
 
 from medattn_jax import config as pages
-from medattn_jax import console, continuation, evaluate, experiment, fill_bank, processes, sharding
+from medattn_jax import (
+  console,
+  continuation,
+  evaluate,
+  experiment,
+  fill_bank,
+  heap,
+  processes,
+  sharding,
+)
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.compiling import Compiling
 from medattn_jax.data import pipeline
@@ -52,6 +60,7 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
       divide over the devices, the loss is not finite, the disk is full.
     Stopped: by a signal, after a checkpoint at the current step.
   """
+  heap.run_in_caller()
   sharding.devices()
   experiment.check(config, jax.device_count())
   experiment.check_host(config)
@@ -246,8 +255,6 @@ def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
 
 def keep_compiled(folder: pathlib.Path) -> None:
   """Compiled programs of this run are kept in its workdir: a second start compiles nothing."""
-  if "xla_multiheap_size_constraint_per_heap" in os.environ.get("XLA_FLAGS", ""):
-    return  # XLA stores no program whose memory comes in pieces, and warns of each
   jax.config.update("jax_compilation_cache_dir", str(folder))
   if jax.default_backend() != "gpu":
     # XLA's cache of kernels, which GPUs alone have: with it each key would hold the folder's name,

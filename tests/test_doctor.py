@@ -46,7 +46,6 @@ def test_broken_devices_are_told_and_not_raised(monkeypatch, capsys):
   ("found", "platforms", "environment", "present", "said"),
   [
     ({}, {"cpu"}, {}, set(), "no accelerator"),
-    ({}, {"cpu"}, {}, set(), f"XLA_FLAGS={doctor.PIECES}"),
     ({}, {"cpu"}, {}, {"cuda"}, "medattn_jax[cuda12]"),
     ({}, {"cpu"}, {}, {"tpu"}, "medattn_jax[tpu]"),
     ({}, {"cpu"}, {"JAX_PLATFORMS": "cpu"}, {"cuda"}, "JAX_PLATFORMS=cpu hides"),
@@ -61,11 +60,6 @@ def test_broken_devices_are_told_and_not_raised(monkeypatch, capsys):
 def test_advice_follows_from_what_is_seen(found, platforms, environment, present, said):
   lines = doctor.advice(WHOLE | found, platforms, environment, present)
   assert sum(said in line for line in lines) == 1, lines
-
-
-def test_a_cpu_that_keeps_its_memory_is_left_in_peace():
-  lines = doctor.advice(WHOLE, {"cpu"}, {"XLA_FLAGS": f"--x=1 {doctor.PIECES}"}, set())
-  assert not any("memory anew" in line for line in lines)
 
 
 def test_a_host_that_is_well_gets_no_advice(monkeypatch):

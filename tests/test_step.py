@@ -11,7 +11,6 @@ import pytest
 
 from medattn_jax import augment, sharding
 from medattn_jax import step as steps
-from medattn_jax.doctor import PIECES
 from medattn_jax.step import State, make_eval_step, make_train_step
 
 LOSS = {"name": "cross_entropy", "class_weights": (), "auxiliary": 0.3, "focal_gamma": 2.0,
@@ -213,21 +212,6 @@ def test_eval_step_gives_each_patient_its_answers_without_a_collective():
   np.testing.assert_allclose(answers["y"], out["y"], rtol=1e-5, atol=1e-6)
   assert set(answers) == {"logits", "y"}
   assert "all-" not in step.lower(variables, put).compile().as_text().replace("all-true", "")
-
-
-def test_memory_in_pieces_changes_no_number(monkeypatch):
-  """What doctor advises for a CPU; why it is not the rule: XLA cannot store such a program."""
-  hosts = [batch(seed=s) for s in range(2)]
-  one, losses = run(1, hosts, ema=0.9)
-  options = {**steps._CPU_OPTIONS, PIECES.strip("-").partition("=")[0]: "4096"}
-  monkeypatch.setattr(steps, "_CPU_OPTIONS", options)
-  several, same_losses = run(1, hosts, ema=0.9)
-  assert losses == same_losses
-  jax.tree.map(np.testing.assert_array_equal, one, several)
-  step, state, _ = make(1)
-  program = step.lower(state, hosts[0]).compile().runtime_executable()
-  with pytest.raises(jax.errors.JaxRuntimeError, match="Multiple temp buffer"):
-    program.serialize()
 
 
 def test_options_are_a_cpus_and_only_those_that_its_compiler_knows(monkeypatch):

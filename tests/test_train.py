@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from medattn_jax import config, continuation, doctor
+from medattn_jax import config, continuation
 from medattn_jax import train as loop
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.compiling import Compiled
@@ -182,13 +182,6 @@ def test_programs_are_found_again_where_the_workdir_was_moved(tmp_path):
       jax.config.update(key, value)
     compilation_cache.reset_cache()
   assert names[0] == names[1] != set()
-
-
-def test_programs_that_xla_cannot_store_are_not_kept(tmp_path, monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", doctor.PIECES)
-  before = jax.config.jax_compilation_cache_dir
-  loop.keep_compiled(tmp_path)
-  assert jax.config.jax_compilation_cache_dir == before != str(tmp_path)
 
 
 def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(monkeypatch):
