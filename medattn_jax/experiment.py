@@ -143,7 +143,8 @@ class Experiment:
 
   def put_train(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, jax.Array]:
     """One update's small batches of a host, stacked and on the mesh."""
-    stacked = {k: np.stack([b[k] for b in batches]) for k in ("image", "level", "mask")}
+    joined = np.stack if len(batches) > 1 else lambda arrays: arrays[0][None]  # no copy of one
+    stacked = {k: joined([b[k] for b in batches]) for k in ("image", "level", "mask")}
     batch = sharding.put(stacked, sharding.batched(self.mesh, axis=1))
     if self.mesh.devices.flat[0].platform == "cpu":
       jax.block_until_ready(batch)  # a copy; and the step can run in this thread (heap.py)

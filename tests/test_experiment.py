@@ -48,6 +48,20 @@ def test_one_device_and_eight_take_the_same_step():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_small_batch_alone_is_not_copied_for_a_cpu():
+  page = smoke()
+  now, host = experiment.build(page, phase="m", devices=jax.devices()[:1]), batch(page)
+  flat = np.empty(host["image"].nbytes + 64, np.uint8)
+  start = -flat.ctypes.data % 64
+  image = flat[start : start + host["image"].nbytes].reshape(host["image"].shape)
+  image[:] = host["image"]
+  alone = now.put_train([host | {"image": image}])["image"]
+  assert alone.unsafe_buffer_pointer() == image.ctypes.data
+  np.testing.assert_array_equal(alone, image[None])
+  several = now.put_train([host, host])["image"]
+  np.testing.assert_array_equal(several, np.stack([image, image]))
+
+
 @pytest.mark.parametrize("phase", ["c", pytest.param("m", marks=pytest.mark.slow)])
 def test_a_step_that_computes_parts_twice_is_the_same_step(phase):
   """On eight devices, with one all-reduce and every leaf of the state donated."""
