@@ -147,7 +147,7 @@ class Experiment:
     stacked = {k: joined([b[k] for b in batches]) for k in ("image", "level", "mask")}
     batch = sharding.put(stacked, sharding.batched(self.mesh, axis=1))
     if self.mesh.devices.flat[0].platform == "cpu":
-      jax.block_until_ready(batch)  # a copy; and the step can run in this thread (heap.py)
+      jax.block_until_ready(batch)  # for the step to run in this thread (heap.py)
     return batch | self._shared_inputs(self.bank)
 
   def _shared_inputs(self, bank: Bank | None) -> dict[str, Any]:

@@ -37,13 +37,12 @@ class Kept:
 
   def __init__(self, program: Callable[..., Any]):
     self._program, self._runs, self._above = program, 0, None
-    # Twice what is needed: those of the run before may be given back a moment late.
-    self._room = 2 * program.memory_analysis().temp_size_in_bytes
 
   def __call__(self, *given: Any) -> Any:
-    # What its first runs leave behind, a few bytes each, would lie in the hole and part it.
+    # Not before: what first runs leave behind, a few bytes each, would lie in the hole and part it.
     if self._runs == _FIRST and jax.default_backend() == "cpu":
-      self._above = _hole(self._room)
+      # Twice what is needed: those of the run before may be given back a moment late.
+      self._above = _hole(2 * self._program.memory_analysis().temp_size_in_bytes)
     self._runs += 1
     return self._program(*given)
 

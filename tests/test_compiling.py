@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import types
 from typing import NamedTuple
 
 import pytest
@@ -19,9 +18,6 @@ class Program(NamedTuple):
 
   def __call__(self):
     return self.name
-
-  def memory_analysis(self):
-    return types.SimpleNamespace(temp_size_in_bytes=0)
 
 
 class Phase:
