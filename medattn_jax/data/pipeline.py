@@ -247,7 +247,8 @@ def _photographs(
     kinds |= {key: kinds["image"] for key in ("patient", "image_id", "eye")}
     kinds["boxes"] = tf.TensorSpec([None, most, 4], tf.float32)
     kinds["box_type"] = tf.TensorSpec([None, most], tf.int32)
-  chunk = min(form.chunk, ahead // form.eyes)  # a small batch waits for no more than it needs
+  # A small batch waits for no more than it needs.
+  chunk, group_size = min(form.chunk, ahead // form.eyes), min(form.group, ahead)
   damage: list[UserError] = []
 
   def record(number: int) -> bytes:
@@ -276,12 +277,12 @@ def _photographs(
   def decoded(group: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Of a group, the same decoded; what the last one lacks is filled with its first."""
     content = group.pop("image")
-    filled = tf.range(form.group) % tf.size(content)
+    filled = tf.range(group_size) % tf.size(content)
     made = {key: tf.gather(value, filled) for key, value in group.items()}
     if "boxes" in made:
       made["boxes"] *= scale
     one = lambda place: _decoded(content[place], dataset, form)
-    return {**made, "image": tuple(one(place) for place in tf.unstack(filled, form.group))}
+    return {**made, "image": tuple(one(place) for place in tf.unstack(filled, group_size))}
 
   options = tf.data.Options()
   options.deterministic = True
@@ -291,14 +292,14 @@ def _photographs(
   # Not from_generator: from then on glibc would keep no array above 128 kB, of nobody's.
   source = tf.data.Dataset.range(places.start, places.stop, chunk)
   read = source.map(_AS_IT_IS(encoded), num_parallel_calls=threads or _READERS)
-  stream = read.rebatch(form.group).map(_AS_IT_IS(decoded), num_parallel_calls=parallel)
-  stream = stream.prefetch(-(-ahead // form.group)).with_options(options)
+  stream = read.rebatch(group_size).map(_AS_IT_IS(decoded), num_parallel_calls=parallel)
+  stream = stream.prefetch(-(-ahead // group_size)).with_options(options)
   broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
   def iterate() -> Iterator[Batch]:
     try:
       for group in stream.as_numpy_iterator():
-        for place in range(form.group):
+        for place in range(group_size):
           yield {key: value[place] for key, value in group.items()}
     except broken as error:
       if damage:
