@@ -9,11 +9,13 @@ A row of a batch is a patient with both eyes, or (pairs=False) a single photogra
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import itertools
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +32,16 @@ Batch = dict[str, np.ndarray]
 
 _ENDLESS = sys.maxsize  # in place of a last step
 _READERS = 2  # chunks read at once: Python reads one after the other, but waits for both
+
+_open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+  """Ends the streams that are left: TensorFlow's threads would wait for a Python that has ended."""
+  for stream in list(_open):
+    stream.close()
+
 
 # AutoGraph would write each function anew, for its ifs: half a second a stream, and they have none.
 _AS_IT_IS = tf.autograph.experimental.do_not_convert
@@ -307,7 +319,9 @@ def _photographs(
       line = " ".join(error.message.split())[:200]
       raise UserError(f"{dataset.folder}, split {split}, cannot be read: {line}") from None
 
-  return iterate()
+  found = iterate()
+  _open.add(found)
+  return found
 
 
 def _of_record(record: bytes, eye: int | None, named: bool, most: int) -> Iterator[dict[str, Any]]:

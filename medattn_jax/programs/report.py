@@ -171,5 +171,5 @@ def scope(one: traffic.Instruction, program: traffic.Program | None = None) -> s
 def _platform(compiled: Any) -> str:
   try:
     return compiled.runtime_executable().local_devices()[0].platform
-  except (AttributeError, IndexError, RuntimeError, NotImplementedError):
+  except (AttributeError, IndexError, RuntimeError):
     return ""  # of a chip that is not here
