@@ -5,20 +5,22 @@
 [--plot=FILE]`
 
 Draws a set (or takes a prepared one), then times in turns, in one run, `pipeline.train_batches` and
-the bare decoding of as many of the very same JPEGs, already in memory, by the same decoder, as
-parallel (a missing eye, which the pipeline copies, is not counted). A core's rate is of processor
-time, so it is fair on a machine shared with others. With --device-rate, the images a second that an
-accelerator takes (benchmarks.step tells), it says how many such cores that needs, and whether this
-machine has them: input_bound.
+the bare decoding of as many of the very same JPEGs, already in memory (a missing eye, which the
+pipeline copies, is not counted): by tf.data and TensorFlow's decoder, as parallel, which is what a
+plain pipeline could hope for; and by the pipeline's own decoder, in a thread a core, which do
+nothing else. All have the same pixels. A core's rate is of processor time, so it is fair on a
+machine shared with others. With --device-rate, the images a second that an accelerator takes
+(benchmarks.step tells), it says how many such cores that needs, and whether this machine has them:
+input_bound.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import itertools
 import math
-import os
 import pathlib
 import statistics
 import tempfile
@@ -26,6 +28,7 @@ import time
 from typing import Any
 
 from benchmarks import rows
+from medattn_jax.data import workers
 
 SIZES = {
   "small": {"image_size": 400, "patients": 8, "steps": 150, "rounds": 3},
@@ -56,6 +59,8 @@ def main() -> None:
 
 
 def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
+  import simplejpeg
+
   from medattn_jax.data import pipeline
   from medattn_jax.data.backend import tf
 
@@ -100,27 +105,36 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
   def decode() -> tuple[float, float]:
     return timed(iter(decoding), images)
 
+  def decode_alone() -> tuple[float, float]:
+    def share(first: int) -> None:
+      for number in range(first, images, threads):
+        simplejpeg.decode_jpeg(jpegs[number % len(jpegs)], "RGB")
+
+    start, worked = time.perf_counter(), time.process_time()
+    list(pool.map(share, range(threads)))
+    return time.perf_counter() - start, time.process_time() - worked
+
   there = itertools.islice(batches(), WARM, WARM + flags.steps)
   images = int(sum(batch["mask"].sum() for batch in there))
-  decode()  # warm
-  pairs = [(read(), decode()) for _ in range(flags.rounds)]
-  return found(pairs, images, flags, sum(map(len, jpegs)) / len(jpegs))
+  threads = flags.threads or workers.cores()
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    decode(), decode_alone()  # warm
+    rounds = [(read(), decode(), decode_alone()) for _ in range(flags.rounds)]
+  return found(rounds, images, flags, sum(map(len, jpegs)) / len(jpegs))
 
 
 def found(
-  pairs: list[tuple[tuple[float, float], tuple[float, float]]], images: int,
-  flags: argparse.Namespace, size: float,
+  rounds: list[tuple[tuple[float, float], ...]], images: int, flags: argparse.Namespace, size: float
 ) -> dict[str, Any]:
   """The row of rounds of so many images.
 
   Args:
-    pairs: (seconds, processor seconds) of the pipeline and of bare decoding, a pair a round.
+    rounds: (seconds, processor seconds) of each: the pipeline, bare decoding, the decoder alone.
     size: of a JPEG, bytes.
   """
-  cores = len(os.sched_getaffinity(0))
-  a_core, bare_core = (
-    images / statistics.median(pair[which][1] for pair in pairs) for which in (0, 1))
-  reads = [ours[0] for ours, _ in pairs]
+  a_core, bare_core, alone_core = (
+    images / statistics.median(one[which][1] for one in rounds) for which in range(3))
+  reads = [one[0][0] for one in rounds]
   rate = images / statistics.median(reads)
   wanted = flags.device_rate
   return {
@@ -130,25 +144,31 @@ def found(
       milliseconds=[1000 * one / flags.steps for one in reads], images=images / flags.steps,
       input_bound=None if wanted is None else rate < wanted),
     "images_per_second": rows.rounded(rate),
-    "bare": rows.rounded(images / statistics.median(theirs[0] for _, theirs in pairs)),
-    "cost_over_bare": rows.spread([ours[0] / theirs[0] for ours, theirs in pairs]),
-    "processor_cost_over_bare": rows.rounded(
-      statistics.median(ours[1] / theirs[1] for ours, theirs in pairs)),
-    "cores": cores, "images_per_second_per_core": rows.rounded(a_core),
-    "bare_per_core": rows.rounded(bare_core), "device_rate": wanted,
+    **{key: rows.rounded(images / statistics.median(one[which][0] for one in rounds))
+       for which, key in ((1, "bare"), (2, "decoder"))},
+    **{f"cost_over_{key}": rows.spread([one[0][0] / one[which][0] for one in rounds])
+       for which, key in ((1, "bare"), (2, "decoder"))},
+    **{f"processor_cost_over_{key}": rows.rounded(
+         statistics.median(one[0][1] / one[which][1] for one in rounds))
+       for which, key in ((1, "bare"), (2, "decoder"))},
+    "cores": workers.cores(), "images_per_second_per_core": rows.rounded(a_core),
+    "bare_per_core": rows.rounded(bare_core), "decoder_per_core": rows.rounded(alone_core),
+    "device_rate": wanted,
     "cores_for_device_rate": None if wanted is None else math.ceil(wanted / a_core),
     "bytes_per_image": round(size)}
 
 
 def table(row: dict[str, Any]) -> str:
-  cost = row["cost_over_bare"]
   text = rows.table(("", "images/s", "of a core", "ms a core and image"), [
     (what, row[rate], row[core], 1000 / row[core]) for what, rate, core in (
       ("train_batches", "images_per_second", "images_per_second_per_core"),
-      ("bare JPEG decoding", "bare", "bare_per_core"))])
-  text += (f"\ncost over bare decoding: {cost['median']:.3f} ({cost['min']:.3f} to "
-           f"{cost['max']:.3f}), in processor time {row['processor_cost_over_bare']:.3f}; "
-           f"{row['bytes_per_image'] / 1000:.0f} kB a JPEG, {row['cores']} cores")
+      ("bare JPEG decoding", "bare", "bare_per_core"),
+      ("the decoder alone", "decoder", "decoder_per_core"))])
+  for what, key in (("bare decoding", "bare"), ("the decoder alone", "decoder")):
+    cost = row[f"cost_over_{key}"]
+    text += (f"\ncost over {what}: {cost['median']:.3f} ({cost['min']:.3f} to {cost['max']:.3f}), "
+             f"in processor time {row[f'processor_cost_over_{key}']:.3f}")
+  text += f"\n{row['bytes_per_image'] / 1000:.0f} kB a JPEG, {row['cores']} cores"
   if row["device_rate"]:
     text += (f"\none accelerator at {row['device_rate']:g} images/s needs "
              f"{row['cores_for_device_rate']} such cores; "
@@ -162,7 +182,8 @@ def plot(row: dict[str, Any], path: pathlib.Path) -> None:
   def draw(panel):
     most = max(2 * row["cores"], (row["cores_for_device_rate"] or 0) + 1)
     for key, what, style in (("images_per_second_per_core", "train_batches", "-"),
-                             ("bare_per_core", "bare JPEG decoding", "--")):
+                             ("bare_per_core", "bare JPEG decoding", "--"),
+                             ("decoder_per_core", "the decoder alone", ":")):
       panel.plot([0, most], [0, most * row[key]], style, color="#4c78a8",
                  label=f"{what}, by processor time")
     panel.plot(row["cores"], row["images_per_second"], "o", color="#4c78a8",

@@ -18,8 +18,8 @@ from medattn_jax.programs import ceilings
 
 LIBRARIES = (
   ("medattn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  + ("tensorflow", "tensorflow-cpu", "tensorflow-datasets", "clu", "pillow", "scikit-learn")
-  + ("matplotlib", "safetensors", "torch", "libtpu")
+  + ("tensorflow", "tensorflow-cpu", "tensorflow-datasets", "clu", "pillow", "simplejpeg")
+  + ("scikit-learn", "matplotlib", "safetensors", "torch", "libtpu")
 )
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import itertools
 import math
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
+import simplejpeg
 
+from medattn_jax.data import workers
 from medattn_jax.data.backend import tf
 from medattn_jax.data.stored import DataSet, open_dataset
 from medattn_jax.errors import UserError
@@ -31,7 +32,6 @@ __all__ += ["train_batches"]
 Batch = dict[str, np.ndarray]
 
 _ENDLESS = sys.maxsize  # in place of a last step
-_READERS = 2  # chunks read at once: Python reads one after the other, but waits for both
 
 _open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
 
@@ -150,9 +150,14 @@ def photographs(
   if asked.size and not 0 <= asked.min() <= asked.max() < count:
     raise IndexError(f"photographs {asked.min()} to {asked.max()} of {count}")
   form = _Form(full_size, channels, pairs=False, evaluation=False)
-  places = range(len(asked))
-  stream = _photographs(dataset, split, asked.__getitem__, places, form, threads, 4 * form.group)
-  return (one["image"] for one in itertools.islice(stream, len(asked)))
+  steps = range(len(asked))
+  stream = _batches(dataset, split, asked.__getitem__, steps, 1, form, threads, 4 * form.group)
+
+  def shown(image: np.ndarray) -> np.ndarray:
+    image.flags.writeable = False
+    return image
+
+  return (shown(batch["image"][0, 0]) for batch in stream)
 
 
 def epoch_order(
@@ -203,16 +208,11 @@ class _Form:
 
   @property
   def group(self) -> int:
-    """How many photographs are decoded at once, the more the smaller they are.
+    """How many photographs a call of Python from tf.data reads and decodes, at most.
 
-    A step of tf.data costs more than decoding a photograph of 48² pixels, and a tenth of 400².
+    A call costs some 350 µs in all, as much as ten photographs of 48² and a third of one of 400².
     """
-    return min(16, max(4, 2**22 // (self.size**2 * self.channels)))
-
-  @property
-  def chunk(self) -> int:
-    """How many rows are read at once, at most: a call of Python from tf.data costs 150 µs."""
-    return 4 * self.group // self.eyes
+    return min(64, max(8, 2**23 // (self.size**2 * self.channels)))
 
 
 def _batches(
@@ -223,162 +223,177 @@ def _batches(
   rows: int,
   form: _Form,
   threads: int | None,
+  ahead: int = 2,
 ) -> Iterator[Batch]:
   """The batches of these steps, of the rows that `numbers` has at places s·rows … of a step s.
 
-  Numbers from the end of the split on are padding.
+  Numbers from the end of the split on are padding. `ahead` batches are fetched ahead.
+
+  tf.data calls `fill` in its threads, in order, each time for some rows. JPEGs of the size asked
+  for are decoded there, where they belong, which spares a copy (.5 ms of 8 at 1230²); TensorFlow
+  decodes what else there is, of which Python would let no more than one at a time.
   """
-  levels = dataset.levels(split) if form.pairs else dataset.photo_levels(split)[:, None]
-  places = range(steps.start * rows, min(steps.stop * rows, _ENDLESS))
-  two_batches = 2 * rows * form.eyes
-  stream = _photographs(dataset, split, numbers, places, form, threads, ahead=two_batches)
-  asked = (numbers(np.arange(step * rows, (step + 1) * rows)) for step in steps)
-  return _assembled(stream, asked, levels, rows, form, dataset.max_boxes)
-
-
-def _photographs(
-  dataset: DataSet,
-  split: str,
-  numbers: Callable[[np.ndarray], np.ndarray],
-  places: range,
-  form: _Form,
-  threads: int | None,
-  ahead: int,
-) -> Iterator[Batch]:
-  """The photographs of the rows that `numbers` has at these places; one by one, in order.
-
-  Each has its "image", and for evaluation its names and boxes. At least `ahead` of them are
-  fetched ahead.
-  """
+  begun: dict[int, tuple[np.ndarray, Batch]] = {}  # by step; with its numbers
+  places_of: dict[int, list[np.ndarray]] = {}  # of what TensorFlow decodes, by the place after it
+  damage: list[UserError] = []
+  lock = threading.Lock()
   records = dataset.records(split)
   each = None if form.pairs else dataset.places(split)
-  count = len(records) if form.pairs else len(each)
-  most, scale = dataset.max_boxes, form.size / dataset.full_size
-  kinds = {"image": tf.TensorSpec([None], tf.string)}
-  if form.evaluation:
-    kinds |= {key: kinds["image"] for key in ("patient", "image_id", "eye")}
-    kinds["boxes"] = tf.TensorSpec([None, most, 4], tf.float32)
-    kinds["box_type"] = tf.TensorSpec([None, most], tf.int32)
-  # A small batch waits for no more than it needs.
-  chunk, group_size = min(form.chunk, ahead // form.eyes), min(form.group, ahead)
-  damage: list[UserError] = []
+  levels = dataset.levels(split) if form.pairs else dataset.photo_levels(split)[:, None]
+  buffers = _Buffers((rows, form.eyes, form.size, form.size, form.channels))
+  in_place = dataset.encoding == "jpeg" and dataset.full_size == form.size
+  places = range(steps.start * rows, min(steps.stop * rows, _ENDLESS))
+  cores = threads or workers.cores()
+  chunk = max(1, min(form.group // form.eyes, ahead * rows // cores))
+  calls = -(-ahead * rows // chunk)
 
-  def record(number: int) -> bytes:
+  def batch_of(step: int) -> tuple[np.ndarray, Batch]:
+    with lock:
+      if step not in begun:
+        asked = numbers(np.arange(step * rows, (step + 1) * rows))
+        batch = _empty(asked, levels, form, dataset.max_boxes)
+        begun[step] = asked, {"image": buffers.take(len(begun)), **batch}
+      return begun[step]
+
+  def read(first: int, last: int) -> Iterator[tuple[bytes, np.ndarray]]:
+    """The photographs of these rows, and where each belongs: uint8 [1 or 2, F, F, channels]."""
+    for place in range(first, last):
+      step, row = divmod(place, rows)
+      asked, batch = batch_of(step)
+      if asked[row] >= len(levels):
+        batch["image"][row] = 0
+      elif form.pairs:
+        eyes = range(int(batch["mask"][row].sum()))
+        yield from _read(batch, row, records[int(asked[row])], eyes, dataset)
+      else:
+        example, eye = each[asked[row]]
+        yield from _read(batch, row, records[int(example)], (eye,), dataset)
+
+  def fill(first: np.ndarray) -> tuple[np.int64, np.ndarray]:
+    last, left = min(int(first) + chunk, places.stop), []
     try:
-      return records[int(number)]
+      for content, where in read(int(first), last):
+        if in_place:
+          _decode_jpeg(content, where)
+        else:
+          left.append((content, where))
     except UserError as error:
       damage.append(error)
       raise
+    except Exception as error:
+      damage.append(unreadable(error))
+      raise
+    places_of[last] = [where for _, where in left]
+    return np.int64(last), np.array([content for content, _ in left], object)
 
-  def fetch(first: np.ndarray) -> list[np.ndarray]:
-    """Of a chunk's photographs what `kinds` names, the image as it lies in the record."""
-    asked = numbers(np.arange(first, min(first + chunk, places.stop)))
-    asked = asked[asked < count]
-    wanted = [(row, None) for row in asked] if form.pairs else each[asked]
-    found = [
-      one for row, eye in wanted for one in _of_record(record(row), eye, form.evaluation, most)]
-    return [np.array([one[key] for one in found], spec.dtype.as_numpy_dtype)
-            .reshape(-1, *spec.shape[1:]) for key, spec in kinds.items()]
+  def decoded(first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    last, left = tf.numpy_function(fill, [first], [tf.int64, tf.string], stateful=False)
+    shape = [form.size, form.size, form.channels]
+    if in_place:
+      return last, tf.zeros([0, *shape], tf.uint8)
+    return last, tf.map_fn(
+      lambda one: _decoded(one, dataset, form), tf.ensure_shape(left, [None]),
+      fn_output_signature=tf.TensorSpec(shape, tf.uint8))
 
-  def encoded(first: tf.Tensor) -> dict[str, tf.Tensor]:
-    types = [spec.dtype for spec in kinds.values()]
-    values = tf.numpy_function(fetch, [first], types, stateful=False)
-    return {key: tf.ensure_shape(value, spec.shape)
-            for (key, spec), value in zip(kinds.items(), values, strict=True)}
-
-  def decoded(group: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Of a group, the same decoded; what the last one lacks is filled with its first."""
-    content = group.pop("image")
-    filled = tf.range(group_size) % tf.size(content)
-    made = {key: tf.gather(value, filled) for key, value in group.items()}
-    if "boxes" in made:
-      made["boxes"] *= scale
-    one = lambda place: _decoded(content[place], dataset, form)
-    return {**made, "image": tuple(one(place) for place in tf.unstack(filled, group_size))}
+  def unreadable(error: Exception) -> UserError:
+    line = " ".join(str(error).split())[:200]
+    return UserError(f"{dataset.folder}, split {split}, cannot be read: {line}")
 
   options = tf.data.Options()
   options.deterministic = True
   if threads:
     options.threading.private_threadpool_size = threads
-  parallel = threads or tf.data.AUTOTUNE
   # Not from_generator: from then on glibc would keep no array above 128 kB, of nobody's.
-  source = tf.data.Dataset.range(places.start, places.stop, chunk)
-  read = source.map(_AS_IT_IS(encoded), num_parallel_calls=threads or _READERS)
-  stream = read.rebatch(group_size).map(_AS_IT_IS(decoded), num_parallel_calls=parallel)
-  stream = stream.prefetch(-(-ahead // group_size)).with_options(options)
+  stream = tf.data.Dataset.range(places.start, places.stop, chunk)
+  stream = stream.map(_AS_IT_IS(decoded), num_parallel_calls=min(cores, calls))
+  stream = stream.prefetch(max(1, calls - cores - 1)).with_options(options)
   broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
   def iterate() -> Iterator[Batch]:
-    try:
-      for group in stream.as_numpy_iterator():
-        for place in range(group_size):
-          yield {key: value[place] for key, value in group.items()}
-    except broken as error:
-      if damage:
-        raise damage[0] from None
-      line = " ".join(error.message.split())[:200]
-      raise UserError(f"{dataset.folder}, split {split}, cannot be read: {line}") from None
+    filled, there = _elements(stream), places.start
+    for step in steps:
+      try:
+        while there < (step + 1) * rows:
+          there, images = next(filled)
+          for where, image in zip(places_of.pop(int(there)), images, strict=True):
+            where[...] = image
+      except broken as error:
+        raise (damage[0] if damage else unreadable(error)) from None
+      yield begun.pop(step)[1]
 
   found = iterate()
   _open.add(found)
   return found
 
 
-def _of_record(record: bytes, eye: int | None, named: bool, most: int) -> Iterator[dict[str, Any]]:
-  """What each photograph of a record (or this one alone) has; its names and `most` boxes if asked.
+def _elements(stream: tf.data.Dataset) -> Iterator[tuple]:
+  """The elements of a stream, as numpy has them.
 
+  Its own iterator takes a millisecond for each beside threads that want Python's lock, as it gives
+  the lock away ten times.
+  """
+  specs = tf.nest.flatten(stream.element_spec)
+  kinds = {"output_types": [spec.dtype for spec in specs],
+           "output_shapes": [spec.shape for spec in specs]}
+  iterator = tf.raw_ops.AnonymousIteratorV3(**kinds)
+  tf.raw_ops.MakeIterator(dataset=tf.data.experimental.to_variant(stream), iterator=iterator)
+  try:
+    while True:
+      yield tuple(one.numpy() for one in tf.raw_ops.IteratorGetNext(iterator=iterator, **kinds))
+  except tf.errors.OutOfRangeError:
+    return
+
+
+def _empty(asked: np.ndarray, levels: np.ndarray, form: _Form, most: int) -> Batch:
+  """The batch of these numbers but for what is read from records; levels are -1 for no eye."""
+  level = levels[np.minimum(asked, len(levels) - 1)]
+  there = (level >= 0) & (asked < len(levels))[:, None]
+  batch = {"level": np.where(level >= 0, level, level[:, :1]), "mask": there.astype(np.float32)}
+  if form.evaluation:
+    batch["patient"] = np.full(len(asked), "", object)
+    batch |= {key: np.full(there.shape, "", object) for key in ("image_id", "eye")}
+    batch["boxes"] = np.zeros((*there.shape, most, 4), np.float32)
+    batch["box_type"] = np.full((*there.shape, most), -1, np.int32)
+  return batch
+
+
+def _read(
+  batch: Batch, row: int, record: bytes, eyes: Sequence[int], dataset: DataSet
+) -> Iterator[tuple[bytes, np.ndarray]]:
+  """The photographs of a record that `eyes` counts, each with its place in this row of the batch.
+
+  The last one's is that of a missing eye too. What else the batch asks for is filled in.
   TensorFlow's own parser takes three times as long, as it copies each photograph.
   """
   feature = tf.train.Example.FromString(record).features.feature
   words = lambda key: feature[key].bytes_list.value
-  images = words("images")
-  for number in range(len(images)) if eye is None else (eye,):
-    made = {"image": images[number]}
-    if named:
-      made |= {"patient": words("patient")[0], "image_id": words("image_ids")[number],
-               "eye": words("eyes")[number]}
-      own = np.flatnonzero(np.array(feature["boxes/eye"].int64_list.value) == number)
-      boxes, types = np.zeros((most, 4), np.float32), np.full(most, -1)
-      boxes[: len(own)] = np.reshape(feature["boxes/box"].float_list.value, (-1, 4))[own]
-      types[: len(own)] = np.array(feature["boxes/type"].int64_list.value, int)[own]
-      made |= {"boxes": boxes, "box_type": types}
-    yield made
+  images, encoded = batch["image"][row], words("images")
+  if max(eyes) >= len(encoded):
+    raise ValueError(f"{len(encoded)} photographs where the set's index counts {max(eyes) + 1}")
+  for place, eye in enumerate(eyes):
+    yield encoded[eye], images[place : None if place == len(eyes) - 1 else place + 1]
+  if "patient" not in batch:
+    return
+  batch["patient"][row] = words("patient")[0].decode()
+  of, scale = np.array(feature["boxes/eye"].int64_list.value), images.shape[1] / dataset.full_size
+  for place, eye in enumerate(eyes):
+    for key, name in (("image_id", "image_ids"), ("eye", "eyes")):
+      batch[key][row, place] = words(name)[eye].decode()
+    own = np.flatnonzero(of == eye)
+    boxes = np.reshape(feature["boxes/box"].float_list.value, (-1, 4))[own]
+    batch["boxes"][row, place, : len(own)] = boxes.astype(np.float32) * scale
+    types = np.array(feature["boxes/type"].int64_list.value, int)[own]
+    batch["box_type"][row, place, : len(own)] = types
 
 
-def _assembled(
-  stream: Iterator[Batch], numbers: Iterator[np.ndarray], levels: np.ndarray, rows: int,
-  form: _Form, most: int,
-) -> Iterator[Batch]:
-  """Batches of the rows that `numbers` has, from single photographs and `levels`, -1 for no eye.
-
-  By numpy and not by tf.data: its batches cost a second copy for the pair, and page faults for a
-  fresh buffer each time (together two thirds of what decoding costs), and each thing that it
-  carries beside a photograph some hundredths.
-  """
-  shape = (rows, form.eyes)
-  buffers = _Buffers((*shape, form.size, form.size, form.channels))
-  for asked in numbers:
-    level = levels[np.minimum(asked, len(levels) - 1)]
-    there = (level >= 0) & (asked < len(levels))[:, None]
-    batch = {"image": buffers.take(), "level": np.where(level >= 0, level, level[:, :1]),
-             "mask": there.astype(np.float32)}
-    if form.evaluation:
-      batch |= {key: np.full(shape, "", object) for key in ("patient", "image_id", "eye")}
-      batch["boxes"] = np.zeros((*shape, most, 4), np.float32)
-      batch["box_type"] = np.full((*shape, most), -1, np.int32)
-    for place in np.ndindex(shape):
-      if there[place]:
-        photograph = next(stream)
-        image = photograph.pop("image")
-        for key, value in photograph.items():
-          batch[key][place] = value.decode() if isinstance(value, bytes) else value
-      elif place[1] == 0:
-        image = 0  # a row of padding
-      batch["image"][place] = image  # of a missing eye the own one
-    if form.evaluation:
-      batch["patient"] = batch["patient"][:, 0]
-    yield batch
-    del batch  # or its buffer would never be free
+def _decode_jpeg(content: bytes, into: np.ndarray) -> None:
+  """Decodes a JPEG of F × F pixels into uint8 [n, F, F, channels], n times; else ValueError."""
+  size, channels = into.shape[2:]
+  found = simplejpeg.decode_jpeg(content, "GRAY" if channels == 1 else "RGB", buffer=into[0])
+  if found.shape[:2] != (size, size):
+    raise ValueError(f"a photograph of {found.shape[1]}×{found.shape[0]} pixels in a set of "
+                     f"{size}×{size}")
+  into[1:] = into[0]
 
 
 class _Buffers:
@@ -396,12 +411,13 @@ class _Buffers:
     probe = [object()]
     self._idle = sys.getrefcount(probe[0])
 
-  def take(self) -> np.ndarray:
+  def take(self, others: int) -> np.ndarray:
+    """One that is free; so many `others`, beside those KEPT, are not to be forgotten."""
     for number in range(len(self._arrays)):
       if sys.getrefcount(self._arrays[number]) == self._idle:
         return self._shown(number)
     flat = np.empty(math.prod(self._shape) + 64, np.uint8)
-    self._arrays = [*self._arrays[1 - self.KEPT :], flat]
+    self._arrays = [*self._arrays[1 - self.KEPT - others :], flat]
     del flat
     return self._shown(-1)
 

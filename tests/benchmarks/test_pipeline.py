@@ -11,8 +11,9 @@ from benchmarks import pipeline
 def row(**changes):
   flags = {"image_size": 400, "threads": None, "rounds": 3, "batch": 4, "steps": 10,
            "device_rate": None} | changes
-  pairs = [((2.0, 3.0), (1.6, 2.5)), ((1.0, 2.0), (1.0, 2.0)), ((2.0, 2.0), (2.5, 1.6))]
-  return pipeline.found(pairs, 80, argparse.Namespace(**flags), 1234.4)
+  rounds = [((2.0, 3.0), (1.6, 2.5), (1.6, 2.0)), ((1.0, 2.0), (1.0, 2.0), (0.8, 1.0)),
+            ((2.0, 2.0), (2.5, 1.6), (2.5, 1.6))]
+  return pipeline.found(rounds, 80, argparse.Namespace(**flags), 1234.4)
 
 
 def test_rates_are_of_the_clock_and_of_a_core():
@@ -21,6 +22,9 @@ def test_rates_are_of_the_clock_and_of_a_core():
   assert found["images_per_second_per_core"] == 40 and found["bare_per_core"] == 40
   assert found["cost_over_bare"] == {"min": 0.8, "median": 1.0, "max": 1.25}
   assert found["processor_cost_over_bare"] == 1.2
+  assert found["decoder"] == found["decoder_per_core"] == 50
+  assert found["cost_over_decoder"] == {"min": 0.8, "median": 1.25, "max": 1.25}
+  assert found["processor_cost_over_decoder"] == 1.5
   assert found["step_ms"] == {"min": 100, "median": 200, "max": 200}
   assert found["input_bound"] is None and "accelerator" not in pipeline.table(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import platform
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from medattn_jax.data import pipeline
+from medattn_jax.data.backend import tf
 from medattn_jax.errors import UserError
 
 SIZE = 48  # of the small set
@@ -303,6 +305,35 @@ def test_damage_during_training_names_the_file(small_set, struck):
   flip(shard, start + 600)
   with pytest.raises(UserError, match=shard.name):
     take(pipeline.train_batches(dataset, "train", start_step=0, **TRAIN), 8)
+
+
+def _of_another_size(images):
+  file = io.BytesIO()
+  Image.new("RGB", (SIZE, SIZE - 8)).save(file, "JPEG")
+  return [file.getvalue(), *images[1:]]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+  (lambda images: [images[0][: len(images[0]) // 2], *images[1:]], "JPEG"),
+  (lambda images: [b"no picture", *images[1:]], "JPEG"),
+  (_of_another_size, f"a photograph of {SIZE}×{SIZE - 8} pixels in a set of {SIZE}×{SIZE}"),
+  (lambda images: [], "0 photographs where the set's index counts"),
+])
+def test_a_sound_record_of_something_else_is_named(dataset, monkeypatch, change, words):
+  kind = type(dataset.records("train"))
+  get = kind.__getitem__
+
+  def changed(records, number):
+    example = tf.train.Example.FromString(get(records, number))
+    images = example.features.feature["images"].bytes_list
+    images.value[:] = change(list(images.value))
+    return example.SerializeToString()
+
+  monkeypatch.setattr(kind, "__getitem__", changed)
+  for stream in (pipeline.train_batches(dataset, "train", start_step=0, **TRAIN),
+                 pipeline.photographs(dataset, "train", [0], full_size=SIZE, channels=1)):
+    with pytest.raises(UserError, match=f"{dataset.folder}, split train, .*{words}"):
+      next(stream)
 
 
 def test_what_is_not_there_is_named(small_set, tmp_path, dataset):
