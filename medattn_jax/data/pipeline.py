@@ -244,7 +244,7 @@ def _batches(
   in_place = dataset.encoding == "jpeg" and dataset.full_size == form.size
   places = range(steps.start * rows, min(steps.stop * rows, _ENDLESS))
   cores = threads or workers.cores()
-  chunk = max(1, min(form.group // form.eyes, ahead * rows // cores))
+  chunk = max(1, min(form.group // form.eyes, ahead * rows // max(cores, 2)))
   calls = -(-ahead * rows // chunk)
 
   def batch_of(step: int) -> tuple[np.ndarray, Batch]:

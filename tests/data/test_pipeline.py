@@ -230,8 +230,9 @@ def test_levels_are_known_without_decoding(dataset, make):
   assert dataset.splits == {"train": 11, "test": 5}
 
 
-def test_a_batch_in_use_is_never_written_over(dataset):
-  stream = pipeline.train_batches(dataset, "train", start_step=0, **TRAIN)
+@pytest.mark.parametrize("threads", [None, 1, 3, 16])
+def test_a_batch_in_use_is_never_written_over(dataset, threads):
+  stream = pipeline.train_batches(dataset, "train", start_step=0, threads=threads, **TRAIN)
   first = next(stream)
   view, device = first["image"][:2], jax.device_put(next(stream)["image"])
   before = view.copy(), np.array(device)
