@@ -307,7 +307,6 @@ def _batches(
   stream = tf.data.Dataset.range(places.start, places.stop, chunk)
   stream = stream.map(_AS_IT_IS(decoded), num_parallel_calls=min(cores, calls))
   stream = stream.prefetch(max(1, calls - cores - 1)).with_options(options)
-  broken = tf.errors.OpError  # bound here: at the interpreter's end module names are gone
 
   def iterate() -> Iterator[Batch]:
     filled, there = _elements(stream), places.start
@@ -317,7 +316,7 @@ def _batches(
           there, images = next(filled)
           for where, image in zip(places_of.pop(int(there)), images, strict=True):
             where[...] = image
-      except broken as error:
+      except tf.errors.OpError as error:
         raise (damage[0] if damage else unreadable(error)) from None
       yield begun.pop(step)[1]
 
@@ -327,7 +326,7 @@ def _batches(
 
 
 def _elements(stream: tf.data.Dataset) -> Iterator[tuple]:
-  """The elements of a stream, as numpy has them.
+  """The elements of a stream, as numpy has them; asked for more, tf.errors.OutOfRangeError.
 
   Its own iterator takes a millisecond for each beside threads that want Python's lock, as it gives
   the lock away ten times.
@@ -337,11 +336,8 @@ def _elements(stream: tf.data.Dataset) -> Iterator[tuple]:
            "output_shapes": [spec.shape for spec in specs]}
   iterator = tf.raw_ops.AnonymousIteratorV3(**kinds)
   tf.raw_ops.MakeIterator(dataset=tf.data.experimental.to_variant(stream), iterator=iterator)
-  try:
-    while True:
-      yield tuple(one.numpy() for one in tf.raw_ops.IteratorGetNext(iterator=iterator, **kinds))
-  except tf.errors.OutOfRangeError:
-    return
+  while True:
+    yield tuple(one.numpy() for one in tf.raw_ops.IteratorGetNext(iterator=iterator, **kinds))
 
 
 def _empty(asked: np.ndarray, levels: np.ndarray, form: _Form, most: int) -> Batch:

@@ -217,6 +217,11 @@ def test_another_size_is_resized_and_said(small_set, capsys):
   half = next(pipeline.eval_batches(dataset, "train", batch_size=5, full_size=SIZE // 2))
   np.testing.assert_array_equal(half["boxes"], whole["boxes"] / 2)
   means = whole["image"].reshape(5, 2, SIZE // 2, 2, SIZE // 2, 2, 3).mean((3, 5))
+  # Most of the second batch is padding, of which nothing is decoded.
+  for size in (SIZE, SIZE // 2):
+    stream = pipeline.eval_batches(dataset, "train", batch_size=10, full_size=size)
+    last = list(stream)[1]["image"]
+    assert last[0].any() and not last[1:].any()
   # Antialiased: near the mean of the four pixels that become one, also at the disc's edge.
   assert np.abs(half["image"] - means).mean() < 3
 
