@@ -248,16 +248,17 @@ def optimiser(now: Any, start: Any) -> tuple[Callable, Any, Any]:
 
 
 def joined(now: Any, start: Any) -> tuple[Callable, Any]:
-  """(the all-reduce of the step's vector over the devices, the devices' gradients)."""
+  """(the all-reduce of the gradients over the devices, the devices' gradients)."""
   import jax
-  from jax.flatten_util import ravel_pytree
   from jax.sharding import PartitionSpec as P
 
-  from medattn_jax import sharding
+  from medattn_jax import joining, sharding
+
+  way = joining.way(now.mesh.devices.flat[0].platform)
 
   def local(grads):
-    vector, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], grads))
-    return unravel(jax.lax.psum(vector, sharding.AXIS))
+    grads = jax.tree.map(lambda x: x[0], grads)
+    return joining.total(grads, (), sharding.AXIS, way)[0]
 
   trained = {name: start.params[name] for name in now.trained}
   each = jax.tree.map(lambda x: jax.numpy.stack([x] * now.mesh.size), trained)

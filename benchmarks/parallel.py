@@ -1,7 +1,8 @@
-"""One training step spread over devices in three ways, of the same local step.
+"""One training step spread over devices in four ways, of the same local step.
 
-shard_map is the product's: each device takes its share, and one all-reduce of one vector joins
-them. jit leaves what lies where to the compiler; pmap is how it was done before meshes.
+shard_map is the product's: each device takes its share, and what a platform is good at joins them
+(medattn_jax/joining.py). vector is the same with one all-reduce of one vector, wherever it runs.
+jit leaves what lies where to the compiler; pmap is how it was done before meshes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 from medattn_jax import sharding
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
-from medattn_jax.step import State, local_step
+from medattn_jax.step import State, local_step, make_train_step
 
-WAYS = ("shard_map", "jit", "pmap")
+WAYS = ("shard_map", "vector", "jit", "pmap")
 
 
 class Spread(NamedTuple):
@@ -44,9 +45,13 @@ def spread(now: Experiment, way: str) -> Spread:
   place = lambda state: sharding.place(state, where)
   if way == "shard_map":
     return Spread(now.train_step, place, now.put_train, jax.device_get)
+  if way == "vector":
+    step = make_train_step(now.apply, now.optimizer, now.mesh, state=now.abstract_state,
+                           joined="vector", **now.step_options)
+    return Spread(step, place, now.put_train, jax.device_get)
   if now.common:
     raise UserError(f"--parallel: {way}: the map of a global attention is made by shard_map alone; "
-                    "accepted: shard_map, or a model without a map")
+                    "accepted: shard_map, vector, or a model without a map")
   if way == "jit":
     step = jax.jit(
       local_step(now.apply, now.optimizer, devices=1, axis=None, **now.step_options),

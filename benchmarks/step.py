@@ -2,7 +2,7 @@
 
 `python -m benchmarks.step [--size=small|full] [--models=resnet50,m_net:vgg16,zoom_in_net,…]
 [--phases=m,a,c] [--dtypes=float32,bfloat16] [--batch=N] [--image-size=N] [--devices=1,2]
-[--parallel=shard_map,jit,pmap] [--json] [--plot=FILE]`
+[--parallel=shard_map,vector,jit,pmap] [--json] [--plot=FILE]`
 
 A model is a backbone (a classifier of single images), m_net:BACKBONE, or a page by its name (demo,
 zoom_in_net, zoom_in_net_fast) with its phases. Batches are those of a device. The ways of
@@ -42,7 +42,7 @@ def main() -> None:
   parser.add_argument("--image-size", type=int, help="pixels a side")
   parser.add_argument("--accumulation", type=int, default=1, help="small batches of a step")
   parser.add_argument("--devices", help="how many, with commas between; all of an accelerator's")
-  parser.add_argument("--parallel", default="shard_map", help="shard_map, jit, pmap")
+  parser.add_argument("--parallel", default="shard_map", help="shard_map, vector, jit, pmap")
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--steps", type=int, help="of a round")
   flags = rows.parsed(parser, SIZES)

@@ -2,9 +2,9 @@
 
 A train step runs per device under `shard_map`: each device sums gradients, batch statistics and
 metrics of its own examples over the microbatches, and ONE all-reduce of one float32 vector joins
-them, outside any loop (design.md, throughput); on a TPU the few into which its compiler gathers the
-kernels and a vector of all else. Sums are divided by the summed weight afterwards, so the mean is
-exact whatever the device count and however many examples are masked.
+them, outside any loop (design.md, throughput), or a few where that is cheaper (joining.py). Sums
+are divided by the summed weight afterwards, so the mean is exact whatever the device count and
+however many examples are masked.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from medattn_jax import augment, losses, sharding
+from medattn_jax import augment, joining, losses, sharding
 
 # Convolutions are left to Eigen: YNNPACK runs one of up to 64 features on one core alone.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type":
@@ -80,7 +79,7 @@ def local_step(
     ema: float,
     begins: int = 0,
     common: Common | None = None,
-    kernels_alone: bool = False,
+    joined: str = "vector",
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
   """What each of `devices` does in a train step, on its share of the batch; not compiled.
 
@@ -88,9 +87,8 @@ def local_step(
     apply: apply(variables, image, drawn=, train=True, mutable=[...]) →
       ((logits, out), updates): a linen module's, bound to its phase.
     optimizer: of the params of the `trained` branches.
-    axis: the name over which the devices' sums are joined, by one all-reduce of one vector. None:
-      the whole batch is this one's share (`devices` is 1), and what lies where is the compiler's
-      affair.
+    axis: the name over which the devices' sums are joined. None: the whole batch is this one's
+      share (`devices` is 1), and what lies where is the compiler's affair.
     seed: of all chance; a draw depends on (seed, step, example) alone.
     trained: top-level names of the params that this phase trains; the others stay bit-equal.
     answers: what is graded: the first with weight one, the others with `loss["auxiliary"]`.
@@ -101,8 +99,7 @@ def local_step(
       first steps, so that the initial values are soon forgotten.
     begins: the state's step at which this phase begins.
     common: how the constants are made anew at each step; None: they stay as they are.
-    kernels_alone: only what has at most one axis makes up the vector; kernels are summed as they
-      lie, in as many all-reduces as the compiler makes of them.
+    joined: how the devices' sums are, of `joining.WAYS`.
 
   Returns:
     step(state, batch): batch holds image uint8 [A, B, E, H, W, C], level int32 and mask float32
@@ -114,20 +111,6 @@ def local_step(
 
   def place():
     return jax.lax.axis_index(axis) if axis else 0
-
-  def total_of(tree):
-    """The sum of the devices' trees."""
-    if not axis:
-      return tree
-    leaves, structure = jax.tree.flatten(tree)
-    alone = {i: leaf for i, leaf in enumerate(leaves) if kernels_alone and leaf.ndim > 1}
-    rest = {i: leaf for i, leaf in enumerate(leaves) if i not in alone}
-    vector, unravel = ravel_pytree(rest)
-    # Held as they are: a TPU's compiler would else sum in bfloat16 what a product in it has given.
-    alone = jax.tree.map(jax.lax.optimization_barrier, alone)
-    alone, vector = jax.lax.psum((alone, vector), axis)
-    total = {**alone, **unravel(vector)}
-    return jax.tree.unflatten(structure, [total[i] for i in range(len(leaves))])
 
   def micro_loss(params, made, state, batch_stats, batch, key, number):
     image, level, mask = batch["image"], batch["level"], batch["mask"]
@@ -172,18 +155,22 @@ def local_step(
       add = lambda a, b: jax.tree.map(jnp.add, a, b)
       return (add(total, grads), batch_stats, add(sums, more)), None
 
-    zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "hits", "images")}
-    carry = (jax.tree.map(jnp.zeros_like, (params, made)), state.batch_stats, zeros)
     numbered = (jnp.arange(accumulation), microbatches)
+    order = None
     # No loop where none is needed: XLA fuses across what a loop would part.
     if accumulation == 1:
-      carry, _ = micro(carry, jax.tree.map(lambda x: x[0], numbered))
+      number, small = jax.tree.map(lambda x: x[0], numbered)
+      (grads, (batch_stats, sums)), order = joining.observed(
+        gradient, params, made, state, state.batch_stats, small, key, number)
+      order = order[:len(jax.tree.leaves(grads))]
     else:
-      carry, _ = jax.lax.scan(micro, carry, numbered)
-    grads, batch_stats, sums = carry
+      zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "hits", "images")}
+      carry = (jax.tree.map(jnp.zeros_like, (params, made)), state.batch_stats, zeros)
+      (grads, batch_stats, sums), _ = jax.lax.scan(micro, carry, numbered)
 
     own_stats = {name: batch_stats[name] for name in trained if name in batch_stats}
-    grads, own_stats, sums = total_of((grads, own_stats, sums))
+    if axis:
+      grads, (own_stats, sums) = joining.total(grads, (own_stats, sums), axis, joined, order)
     own_stats = jax.tree.map(lambda s: s / devices, own_stats)
     grads, slope = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-8), grads)
     images = jnp.maximum(sums["images"], 1)
@@ -245,10 +232,8 @@ def make_train_step(
   """
   # Alone, a device has nothing to join: no vector is made of its gradients and taken apart again.
   axis = sharding.AXIS if mesh.size > 1 else None
-  # A TPU's compiler makes few all-reduces of many, and moves 213 MB of gradients into a vector and
-  # out of it for nothing; a GPU's would leave 88 of them.
   platform = mesh.devices.flat[0].platform
-  options = {"kernels_alone": platform == "tpu", **options}
+  options = {"joined": joining.way(platform), **options}
   local = local_step(apply, optimizer, devices=mesh.size, axis=axis, common=common, **options)
   where = sharding.placed(state)
   inputs = {name: P(None, sharding.AXIS) for name in ("image", "level", "mask")}

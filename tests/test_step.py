@@ -168,13 +168,13 @@ def test_compiled_program_has_one_all_reduce_outside_loops_and_donates_its_state
 def test_kernels_summed_as_they_lie_give_the_same_numbers():
   """As on a TPU: beside the vector of all else, each of the four kernels by itself, in float32."""
   batches = [batch(seed=s) for s in range(2)]
-  joined, losses = run(8, batches)
-  apart, apart_losses = run(8, batches, kernels_alone=True)
+  together, losses = run(8, batches)
+  apart, apart_losses = run(8, batches, joined="kernels")
   np.testing.assert_allclose(losses, apart_losses, rtol=1e-6)
-  assert_close(joined, apart, rtol=1e-6, atol=1e-7)
+  assert_close(together, apart, rtol=1e-6, atol=1e-7)
   summed = []
-  for alone in (False, True):
-    step, state, mesh = make(8, kernels_alone=alone)
+  for joined in ("vector", "kernels"):
+    step, state, mesh = make(8, joined=joined)
     put = sharding.put(batch(), sharding.batched(mesh, axis=1))
     text = step.lower(state, put).as_text()
     summed.append(re.findall(
