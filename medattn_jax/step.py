@@ -161,8 +161,7 @@ def local_step(
     if accumulation == 1:
       number, small = jax.tree.map(lambda x: x[0], numbered)
       (grads, (batch_stats, sums)), order = joining.observed(
-        gradient, params, made, state, state.batch_stats, small, key, number)
-      order = order[:len(jax.tree.leaves(grads))]
+        joined, gradient, params, made, state, state.batch_stats, small, key, number)
     else:
       zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "hits", "images")}
       carry = (jax.tree.map(jnp.zeros_like, (params, made)), state.batch_stats, zeros)

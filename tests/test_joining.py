@@ -45,7 +45,7 @@ def test_a_backward_pass_makes_the_last_layers_gradients_first():
   params = {name: jnp.eye(3) for name in "abc"} | {"unused": jnp.eye(3)}
   x = jnp.ones((2, 3))
   gradient = jax.grad(loss, has_aux=True)
-  (found, after), order = joining.observed(gradient, params, x)
+  (found, after), order = joining.observed("parts", gradient, params, x)
   expected, same = gradient(params, x)
   jax.tree.map(np.testing.assert_array_equal, (found, after), (expected, same))
   when = dict(zip(sorted(params), order, strict=False))

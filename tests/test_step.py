@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from medattn_jax import augment, sharding
+from medattn_jax import augment, joining, sharding
 from medattn_jax import step as steps
 from medattn_jax.step import State, make_eval_step, make_train_step
 
@@ -184,6 +184,23 @@ def test_kernels_summed_as_they_lie_give_the_same_numbers():
   assert sorted(shape for shape in apart if "x" in shape) == kernels
   (rest,) = (shape for shape in apart if "x" not in shape)
   assert int(rest) == int(vector) - 2 * (3 * 3 * 3 * 4 + 4 * 5)
+
+
+def test_gradients_in_parts_give_the_same_numbers(monkeypatch):
+  """As on a GPU: summed on their way, and last the kernel whose gradient is made last."""
+  batches = [batch(seed=s) for s in range(2)]
+  together, losses = run(8, batches)
+  monkeypatch.setattr(joining, "_LEAST", 400)
+  apart, apart_losses = run(8, batches, joined="parts")
+  np.testing.assert_allclose(losses, apart_losses, rtol=1e-6)
+  assert_close(together, apart, rtol=1e-6, atol=1e-7)
+  step, state, mesh = make(8, joined="parts")
+  put = sharding.put(batch(), sharding.batched(mesh, axis=1))
+  text = step.lower(state, put).as_text()
+  summed = [int(size) for size in re.findall(
+    r'all_reduce"?\(.*?\) -> tensor<(\d+)xf32>', text, re.DOTALL)]
+  # Two branches of 25 numbers in a head, 4 + 108 in a convolution, 4 statistics; four metrics.
+  assert summed == [2 * (25 + 4) + 108 + 2 * 4 + 4, 108]
 
 
 @pytest.mark.slow
