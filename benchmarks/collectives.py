@@ -8,9 +8,9 @@ counts: collectives, their kinds and bytes, those in a loop or a branch, the don
 state, temporaries. Without --config: tiny networks of the shipped pages, every model and phase
 (Zoom-in-Net m, a, c; M-Net; global attention joint, frozen). Exits with 1 where a step holds more
 than one all-reduce of gradients and one of the map, another kind, one in a loop, or where a leaf of
-the state that the step reads is not donated. The bytes are a CPU's: TPUs and GPUs may carry
-gradients in other dtypes (benchmarks.aot tells). --size=small, and no other, is what runs without
---config: 18 programs in some 45 seconds of a processor. Needs no TensorFlow.
+the state that the step reads is not donated. The numbers are a CPU's: TPUs and GPUs join gradients
+in a few all-reduces (medattn_jax/joining.py; benchmarks.aot tells). --size=small, and no other, is
+what runs without --config: 18 programs in some 45 seconds of a processor. Needs no TensorFlow.
 """
 
 from __future__ import annotations
