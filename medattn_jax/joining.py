@@ -3,7 +3,7 @@
 - "vector": one all-reduce of one float32 vector, of everything. A CPU's way.
 - "kernels": each kernel as it lies, and all else as one vector. A TPU's compiler gathers them into
   few, and no kernel is moved into a vector and out of it.
-- "parts": up to four vectors, one after another, each on its way as soon as the backward pass has
+- "parts": up to three vectors, one after another, each on its way as soon as the backward pass has
   made it, beside what that has yet to make. A GPU's way, where one vector can begin only when
   nothing is left to do beside it, and its compiler would leave kernels as some ninety all-reduces.
 """
@@ -24,7 +24,7 @@ WAYS = ("vector", "kernels", "parts")
 # A network's last layers, whose gradients are made first, have most of its bytes and its first
 # layers most of its time. So a part is so much of what the earlier ones leave, as long as that is
 # more than so many bytes. [choice]
-_SHARE, _MOST, _LEAST = 3 / 4, 4, 16 * 2**20
+_SHARE, _MOST, _LEAST = 3 / 4, 3, 16 * 2**20
 
 
 def way(platform: str) -> str:
