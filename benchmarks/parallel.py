@@ -43,11 +43,10 @@ def spread(now: Experiment, way: str) -> Spread:
     raise UserError(f"--parallel: {way}; accepted: {', '.join(WAYS)}")
   where = jax.tree.map(lambda x: x.sharding, now.abstract_state)
   place = lambda state: sharding.place(state, where)
-  if way == "shard_map":
-    return Spread(now.train_step, place, now.put_train, jax.device_get)
-  if way == "vector":
-    step = make_train_step(now.apply, now.optimizer, now.mesh, state=now.abstract_state,
-                           joined="vector", **now.step_options)
+  if way in ("shard_map", "vector"):
+    step = now.train_step if way == "shard_map" else make_train_step(
+      now.apply, now.optimizer, now.mesh, state=now.abstract_state, joined="vector",
+      **now.step_options)
     return Spread(step, place, now.put_train, jax.device_get)
   if now.common:
     raise UserError(f"--parallel: {way}: the map of a global attention is made by shard_map alone; "

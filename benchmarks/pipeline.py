@@ -132,9 +132,18 @@ def found(
     rounds: (seconds, processor seconds) of each: the pipeline, bare decoding, the decoder alone.
     size: of a JPEG, bytes.
   """
-  a_core, bare_core, alone_core = (
-    images / statistics.median(one[which][1] for one in rounds) for which in range(3))
+  a_core = images / statistics.median(one[0][1] for one in rounds)
   reads = [one[0][0] for one in rounds]
+  over = {}
+  for which, key in ((1, "bare"), (2, "decoder")):
+    pairs = [(one[0], one[which]) for one in rounds]
+    over |= {
+      key: rows.rounded(images / statistics.median(theirs[0] for _, theirs in pairs)),
+      f"{key}_per_core": rows.rounded(
+        images / statistics.median(theirs[1] for _, theirs in pairs)),
+      f"cost_over_{key}": rows.spread([ours[0] / theirs[0] for ours, theirs in pairs]),
+      f"processor_cost_over_{key}": rows.rounded(
+        statistics.median(ours[1] / theirs[1] for ours, theirs in pairs))}
   rate = images / statistics.median(reads)
   wanted = flags.device_rate
   return {
@@ -143,17 +152,8 @@ def found(
       devices=0, device_kind="cpu", batch=flags.batch, dtype="uint8",
       milliseconds=[1000 * one / flags.steps for one in reads], images=images / flags.steps,
       input_bound=None if wanted is None else rate < wanted),
-    "images_per_second": rows.rounded(rate),
-    **{key: rows.rounded(images / statistics.median(one[which][0] for one in rounds))
-       for which, key in ((1, "bare"), (2, "decoder"))},
-    **{f"cost_over_{key}": rows.spread([one[0][0] / one[which][0] for one in rounds])
-       for which, key in ((1, "bare"), (2, "decoder"))},
-    **{f"processor_cost_over_{key}": rows.rounded(
-         statistics.median(one[0][1] / one[which][1] for one in rounds))
-       for which, key in ((1, "bare"), (2, "decoder"))},
-    "cores": workers.cores(), "images_per_second_per_core": rows.rounded(a_core),
-    "bare_per_core": rows.rounded(bare_core), "decoder_per_core": rows.rounded(alone_core),
-    "device_rate": wanted,
+    "images_per_second": rows.rounded(rate), "images_per_second_per_core": rows.rounded(a_core),
+    **over, "cores": workers.cores(), "device_rate": wanted,
     "cores_for_device_rate": None if wanted is None else math.ceil(wanted / a_core),
     "bytes_per_image": round(size)}
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import bisect
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,30 +21,28 @@ from jax.flatten_util import ravel_pytree
 
 Tree = Any
 
-WAYS = ("vector", "kernels", "parts")
+Way = typing.Literal["vector", "kernels", "parts"]
 # A network's last layers, whose gradients are made first, have most of its bytes and its first
 # layers most of its time. So a part is so much of what the earlier ones leave, as long as that is
 # more than so many bytes. [choice]
 _SHARE, _MOST, _LEAST = 3 / 4, 3, 16 * 2**20
 
 
-def way(platform: str) -> str:
+def way(platform: str) -> Way:
   """The way of a platform's devices."""
-  return {"tpu": "kernels", "gpu": "parts", "cuda": "parts", "rocm": "parts"}.get(
-    platform, "vector")
+  return {"tpu": "kernels", "gpu": "parts"}.get(platform, "vector")
 
 
-def total(gradients: Tree, rest: Tree, axis: str, way: str,
+def total(gradients: Tree, rest: Tree, axis: str, way: Way,
           order: Sequence[int] | None = None) -> tuple[Tree, Tree]:
   """(gradients, rest), each summed over the devices of `axis`.
 
   Args:
     rest: what is known before the backward pass.
-    way: of `WAYS`.
     order: for "parts", of each leaf of the gradients (what more there is does not count): those of
       smaller numbers are made sooner. None, as where a loop gives all at once: then one vector.
   """
-  if way == "parts" and order is not None:
+  if order is not None:
     return _in_parts(gradients, rest, axis, order)
   leaves, structure = jax.tree.flatten((gradients, rest))
   alone = {i: leaf for i, leaf in enumerate(leaves) if way == "kernels" and leaf.ndim > 1}
@@ -55,13 +54,11 @@ def total(gradients: Tree, rest: Tree, axis: str, way: str,
   return jax.tree.unflatten(structure, [found[i] for i in range(len(leaves))])
 
 
-def observed(way: str, function: Callable[..., Tree], *args: Tree) -> tuple[Tree, list[int] | None]:
+def observed(function: Callable[..., Tree], *args: Tree) -> tuple[Tree, list[int]]:
   """function(*args), and for each leaf of it how many operations come before its own.
 
-  These are None but for "parts", which alone asks for them: they cost a twelfth of the tracing.
+  Costs a twelfth of a step's tracing.
   """
-  if way != "parts":
-    return function(*args), None
   jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
   made = {out: i for i, one in enumerate(jaxpr.jaxpr.eqns) for out in one.outvars}
   order = [-1 if isinstance(out, Literal) else made.get(out, -1) for out in jaxpr.jaxpr.outvars]

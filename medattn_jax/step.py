@@ -79,7 +79,7 @@ def local_step(
     ema: float,
     begins: int = 0,
     common: Common | None = None,
-    joined: str = "vector",
+    joined: joining.Way = "vector",
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
   """What each of `devices` does in a train step, on its share of the batch; not compiled.
 
@@ -99,7 +99,7 @@ def local_step(
       first steps, so that the initial values are soon forgotten.
     begins: the state's step at which this phase begins.
     common: how the constants are made anew at each step; None: they stay as they are.
-    joined: how the devices' sums are, of `joining.WAYS`.
+    joined: how the devices' sums are: see joining.py.
 
   Returns:
     step(state, batch): batch holds image uint8 [A, B, E, H, W, C], level int32 and mask float32
@@ -160,8 +160,11 @@ def local_step(
     # No loop where none is needed: XLA fuses across what a loop would part.
     if accumulation == 1:
       number, small = jax.tree.map(lambda x: x[0], numbered)
-      (grads, (batch_stats, sums)), order = joining.observed(
-        joined, gradient, params, made, state, state.batch_stats, small, key, number)
+      given = (params, made, state, state.batch_stats, small, key, number)
+      if axis and joined == "parts":
+        (grads, (batch_stats, sums)), order = joining.observed(gradient, *given)
+      else:
+        grads, (batch_stats, sums) = gradient(*given)
     else:
       zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "hits", "images")}
       carry = (jax.tree.map(jnp.zeros_like, (params, made)), state.batch_stats, zeros)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -23,6 +24,13 @@ def shared() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip("no ../shared beside the checkout: golden answers and real photographs are there")
   return folder
+
+
+@pytest.fixture(scope="session")
+def summed():
+  """summed(lowered): the shape, as "3x4", of all that a program's all-reduces sum in float32."""
+  return lambda lowered: re.findall(
+    r'all_reduce"?\(.*?\) -> tensor<([\dx]*)xf32>', lowered.as_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="session")

@@ -165,28 +165,26 @@ def test_compiled_program_has_one_all_reduce_outside_loops_and_donates_its_state
   assert aliases == len(jax.tree.leaves(state))
 
 
-def test_kernels_summed_as_they_lie_give_the_same_numbers():
+def test_kernels_summed_as_they_lie_give_the_same_numbers(summed):
   """As on a TPU: beside the vector of all else, each of the four kernels by itself, in float32."""
   batches = [batch(seed=s) for s in range(2)]
   together, losses = run(8, batches)
   apart, apart_losses = run(8, batches, joined="kernels")
   np.testing.assert_allclose(losses, apart_losses, rtol=1e-6)
   assert_close(together, apart, rtol=1e-6, atol=1e-7)
-  summed = []
+  found = []
   for joined in ("vector", "kernels"):
     step, state, mesh = make(8, joined=joined)
     put = sharding.put(batch(), sharding.batched(mesh, axis=1))
-    text = step.lower(state, put).as_text()
-    summed.append(re.findall(
-      r'all_reduce"?\(.*?\) -> tensor<([\dx]*)xf32>', text, re.DOTALL))
-  (vector,), apart = summed
+    found.append(summed(step.lower(state, put)))
+  (vector,), apart = found
   kernels = sorted(["3x3x3x4", "4x5"] * 2)
   assert sorted(shape for shape in apart if "x" in shape) == kernels
   (rest,) = (shape for shape in apart if "x" not in shape)
   assert int(rest) == int(vector) - 2 * (3 * 3 * 3 * 4 + 4 * 5)
 
 
-def test_gradients_in_parts_give_the_same_numbers(monkeypatch):
+def test_gradients_in_parts_give_the_same_numbers(monkeypatch, summed):
   """As on a GPU: summed on their way, and last the kernel whose gradient is made last."""
   batches = [batch(seed=s) for s in range(2)]
   together, losses = run(8, batches)
@@ -196,11 +194,9 @@ def test_gradients_in_parts_give_the_same_numbers(monkeypatch):
   assert_close(together, apart, rtol=1e-6, atol=1e-7)
   step, state, mesh = make(8, joined="parts")
   put = sharding.put(batch(), sharding.batched(mesh, axis=1))
-  text = step.lower(state, put).as_text()
-  summed = [int(size) for size in re.findall(
-    r'all_reduce"?\(.*?\) -> tensor<(\d+)xf32>', text, re.DOTALL)]
   # Two branches of 25 numbers in a head, 4 + 108 in a convolution, 4 statistics; four metrics.
-  assert summed == [2 * (25 + 4) + 108 + 2 * 4 + 4, 108]
+  sizes = [int(shape) for shape in summed(step.lower(state, put))]
+  assert sizes == [2 * (25 + 4) + 108 + 2 * 4 + 4, 108]
 
 
 @pytest.mark.slow
