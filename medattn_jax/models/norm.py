@@ -74,18 +74,19 @@ class GroupBatchNorm(nn.Module):
       self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32),
       self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32))
 
-  def __call__(self, x: Float[Array, "b *space c"] | Blocks, train: bool):
+  def __call__(self, x: Float[Array, "b *space c"] | Blocks, train: bool, relu: bool = False):
     """Normalises `x`.
 
     Args:
       x: any float dtype; the batch first, channels last; or in blocks, and so is the result.
       train: by the groups' own statistics, which update the running ones; else by those.
+      relu: of the result, ReLU.
 
     Raises:
       ValueError: in training, when the batch is not a whole number of groups.
     """
     channels = x.channels if isinstance(x, Blocks) else x.shape[-1]
-    return normalise(self, [self.values(channels)], x, train)
+    return normalise(self, [self.values(channels)], x, train, relu)
 
 
 class Values(NamedTuple):
@@ -97,7 +98,9 @@ class Values(NamedTuple):
   var: nn.Variable
 
 
-def normalise(norm: GroupBatchNorm, held: Sequence[Values], x: Any, train: bool) -> Any:
+def normalise(
+  norm: GroupBatchNorm, held: Sequence[Values], x: Any, train: bool, relu: bool,
+) -> Any:
   """`x` normalised as `norm` does, by what several hold whose channels lie side by side."""
   given, layout = x, x if isinstance(x, Blocks) else None
   x = layout.array if layout else x
@@ -107,10 +110,11 @@ def normalise(norm: GroupBatchNorm, held: Sequence[Values], x: Any, train: bool)
     gain = scale * jax.lax.rsqrt(join([one.var.value for one in held]) + norm.epsilon)
     offset = bias - join([one.mean.value for one in held]) * gain
     y = (x.astype(jnp.float32) * _tile(gain, x) + _tile(offset, x)).astype(x.dtype)
+    y = nn.relu(y) if relu else y
     return layout.replace(array=y) if layout else y
 
   groups, inside, count = _grouped(norm, given)
-  y, mean, var = _normalise(groups, scale, bias, inside, norm.epsilon, count)
+  y, mean, var = _normalise(groups, scale, bias, inside, norm.epsilon, count, relu)
   _keep(norm, held, mean, var)
   y = y.reshape(x.shape)
   return layout.replace(array=y) if layout else y
@@ -156,31 +160,52 @@ def _tile(a, x):
 
 def _total(x, inside, channels):
   """x [G, g, n, p·C] → [G, 1, 1, C], the sum of what is inside."""
-  total = (x if inside is None else jnp.where(inside, x, 0)).sum((1, 2), keepdims=True)
-  if x.shape[-1] == channels:
+  return _of_channels(_sum(x, inside), channels)
+
+
+def _sum(x, inside):
+  return (x if inside is None else jnp.where(inside, x, 0)).sum((1, 2), keepdims=True)
+
+
+def _of_channels(total, channels):
+  if total.shape[-1] == channels:
     return total
   return total.reshape(*total.shape[:3], -1, channels).sum(3)
 
 
+def _squared(x):
+  wide = x.astype(jnp.float32)
+  return wide, jnp.square(wide)
+
+
+def _sums_at_once(x, inside):
+  """`_sum` of x and of its squares, as one reduction: for two, a GPU reads a product's x twice."""
+  parts = [one if inside is None else jnp.where(inside, one, 0) for one in _squared(x)]
+  zero = jnp.zeros((), jnp.float32)
+  add = lambda a, b: tuple(one + other for one, other in zip(a, b, strict=True))
+  return tuple(one[:, None, None] for one in jax.lax.reduce(parts, [zero, zero], add, (1, 2)))
+
+
 # The gradient in closed form: it keeps only `x` and [G, C] numbers for the backward pass, and
 # its two column sums are one pass (XLA's CPU needs ten times as long for autodiff's).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _normalise(x, scale, bias, inside, epsilon, count):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _normalise(x, scale, bias, inside, epsilon, count, relu):
   """x [G, g, n, p·C] → (y of its dtype, mean, var [G, 1, 1, C] float32, without gradient).
 
   p pixels of a block lie side by side; `inside` bool [n, p·C] or None says which there are, and
   `count` how many in a group. (p is 1 where nothing is in blocks.)
   """
-  return _forward(x, scale, bias, inside, epsilon, count)[0]
+  return _forward(x, scale, bias, inside, epsilon, count, relu)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _moments(x, inside, count, channels):
   """x [G, g, n, p·C] → the mean and the variance of each channel, [G, 1, 1, C] float32."""
-  wide = x.astype(jnp.float32)
-  mean = _total(wide, inside, channels) / count
-  var = _total(jnp.square(wide), inside, channels) / count - jnp.square(mean)
-  return mean, jnp.maximum(var, 0)
+  sums = jax.lax.platform_dependent(
+    x, cuda=lambda x: _sums_at_once(x, inside),
+    default=lambda x: tuple(_sum(one, inside) for one in _squared(x)))
+  mean, square = (_of_channels(one, channels) / count for one in sums)
+  return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 def _moments_forward(x, inside, count, channels):
@@ -201,21 +226,36 @@ def _moments_backward(count, channels, saved, cotangents):
 _moments.defvjp(_moments_forward, _moments_backward)
 
 
-def _forward(x, scale, bias, inside, epsilon, count):
+def _forward(x, scale, bias, inside, epsilon, count, relu):
   wide = x.astype(jnp.float32)
   mean, var = dear(_moments(x, inside, count, len(scale)))
   inverse = jax.lax.rsqrt(var + epsilon)
   gain = scale * inverse
-  y = (wide * _tile(gain, x) + _tile(bias - mean * gain, x)).astype(x.dtype)
-  return (y, mean, var), (x, scale, mean, inverse, inside)
+  offset = bias - mean * gain
+  y = (wide * _tile(gain, x) + _tile(offset, x)).astype(x.dtype)
+  return (nn.relu(y) if relu else y, mean, var), (x, scale, mean, inverse, offset, inside)
 
 
-def _backward(epsilon, count, saved, cotangents):
-  x, scale, mean, inverse, inside = saved
-  gradient = cotangents[0].astype(jnp.float32)
-  centred = x.astype(jnp.float32) - _tile(mean, x)
+def _backward(epsilon, count, relu, saved, cotangents):
+  x, scale, mean, inverse, ahead, inside = saved
+
+  def read(x, gradient):
+    """What flows back into the normalisation, and the centred numbers, float32."""
+    wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    if relu:
+      positive = wide * _tile(scale * inverse, x) + _tile(ahead, x) > 0
+      gradient = jnp.where(positive, gradient, 0)
+    return gradient, wide - _tile(mean, x)
+
+  gradient, centred = read(x, cotangents[0])
   along_one = _total(gradient, inside, len(scale))
   along_unit = inverse * _total(gradient * centred, inside, len(scale))
+  if relu:
+    # Computed anew: a GPU's compiler would write what ReLU lets through, to read it twice.
+    again = jax.lax.platform_dependent(
+      x, cotangents[0], cuda=lambda *both: jax.lax.optimization_barrier(both),
+      default=lambda *both: both)
+    gradient, centred = read(*again)
   # All that is of a channel first: of each pixel two products are left.
   gain = scale * inverse
   slope, offset = gain * inverse * along_unit / count, gain * along_one / count
@@ -278,9 +318,9 @@ def _convolve(conv, x, kernel):
 
 def conv_bn(
   conv: Conv, norm: GroupBatchNorm, x: Float[Array, "b h w c"] | Blocks, train: bool,
-  pool: Callable | None = None,
+  pool: Callable | None = None, relu: bool = False,
 ) -> Float[Array, "b h2 w2 d"] | Blocks:
-  """pool(norm(conv(x), train)), the maxima taken before the normalisation: they are fewer.
+  """pool(norm(conv(x), train, relu)), the maxima taken before the normalisation: they are fewer.
 
   A maximum commutes with a normalisation that does not turn its channel over, and so with any once
   the kernels of those with a negative gamma have changed their sign.
@@ -290,7 +330,7 @@ def conv_bn(
     pool: a maximum of windows, that gives no blocks; or None.
   """
   if pool is None:
-    return norm(conv(x), train)
+    return norm(conv(x), train, relu)
   kernel, _ = conv.weights(x.channels if isinstance(x, Blocks) else x.shape[-1])
   held = norm.values(conv.features)
   sign = jnp.where(held.scale < 0, -1.0, 1.0)
@@ -300,13 +340,15 @@ def conv_bn(
   if not train:
     gain = scale * jax.lax.rsqrt(held.var.value + norm.epsilon)
     offset = held.bias - sign * held.mean.value * gain
-    return (y.astype(jnp.float32) * gain + offset).astype(y.dtype)
+    y = (y.astype(jnp.float32) * gain + offset).astype(y.dtype)
+    return nn.relu(y) if relu else y
   groups, inside, count = _grouped(norm, x)
-  mean, var = dear(_moments(groups, inside, count, conv.features))
+  mean, var = _moments(groups, inside, count, conv.features)
   _keep(norm, [held], sign * mean, var)
   gain = scale * jax.lax.rsqrt(var + norm.epsilon)
   wide = y.reshape(*groups.shape[:2], -1, conv.features).astype(jnp.float32)
-  return ((wide - mean) * gain + held.bias).reshape(y.shape).astype(y.dtype)
+  y = ((wide - mean) * gain + held.bias).reshape(y.shape).astype(y.dtype)
+  return nn.relu(y) if relu else y
 
 
 class ConvBN(nn.Module):
@@ -333,10 +375,19 @@ class ConvBN(nn.Module):
 
   def __call__(
     self, x: Float[Array, "b h w c"] | Blocks, train: bool, pool: Callable | None = None,
+    mean: Callable | None = None,
   ) -> Float[Array, "b h2 w2 d"] | Blocks:
-    """`pool`: as in `conv_bn`."""
-    x = conv_bn(self.conv, self.bn, x, train, pool)
-    return jax.tree.map(nn.relu, x) if self.relu else x
+    """The unit's answer.
+
+    Args:
+      pool: as in `conv_bn`.
+      mean: weighted means of neighbours, of `x`: taken of what a 1×1 convolution makes of it, as
+        they commute and its features are fewer.
+    """
+    if mean is None:
+      return conv_bn(self.conv, self.bn, x, train, pool, self.relu)
+    x = self.conv(x)
+    return self.bn(mean(x).astype(x.dtype), train, self.relu)
 
 
 def together(
@@ -369,5 +420,4 @@ def joined(
     kernels.append(jnp.pad(kernel, ((0, 0), (0, 0), around, (0, 0))) if any(around) else kernel)
   y = units[0].conv.convolve(x, jnp.concatenate(kernels, -1))
   held = [unit.bn.values(unit.features) for unit in units]
-  y = normalise(units[0].bn, held, y, train)
-  return nn.relu(y) if units[0].relu else y
+  return normalise(units[0].bn, held, y, train, units[0].relu)

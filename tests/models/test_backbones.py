@@ -235,3 +235,30 @@ def test_an_answer_depends_on_its_group_and_its_keys_alone(googlenet):
   for stop in ("logits", "aux1", "aux2"):
     assert np.abs(others[stop] - out[stop]).max() > 0.01
   np.testing.assert_array_equal(others["pooled"], out["pooled"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_a_gpus_ways_give_the_same_numbers(name, monkeypatch):
+  """Of what is computed otherwise there: the first convolution, maxima, sums, ReLU's gradient."""
+  net = models.backbone(name, 3, group_size=2, **SHORT[name])
+  x = images(2, 65)
+  variables = net.init(jax.random.key(0), x)
+
+  def loss(params, x):
+    (logits, _), left = net.apply(
+      {**variables, "params": params}, x, True, mutable=["batch_stats"])
+    return jnp.sum(jnp.sin(logits)), left
+
+  asked = []
+
+  def chosen(*given, default, **ways):
+    asked.extend(ways)
+    return ways.get("cuda", default)(*given)
+
+  run = lambda: jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
+  wanted = run()
+  monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+  found = run()
+  assert asked.count("cuda") >= 10
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(1, np.abs(b).max()))

@@ -211,3 +211,48 @@ def test_a_maximum_taken_first_is_the_maximum_taken_last(dtype, side):
   np.testing.assert_allclose(
     unit.apply(after, shown(x), False, max_pool), max_pool(unit.apply(after, shown(x), False)),
     **near)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("train", [True, False])
+def test_relu_with_the_normalisation_is_relu_after_it(case, dtype, train):
+  x, params, stats = case
+  norm = GroupBatchNorm(4)
+  weight = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+
+  def loss(params, x, **how):
+    y, left = norm.apply(
+      {"params": params, "batch_stats": stats}, x, train, **how, mutable=["batch_stats"])
+    y = y if how else jax.nn.relu(y)
+    return jnp.sum(y * weight), (y, left)
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnames="relu")
+  found, wanted = run(params, x.astype(dtype), relu=True), run(params, x.astype(dtype))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+    a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-5, atol=1e-5), found, wanted)
+
+
+def test_means_after_a_1x1_convolution_are_means_before_it():
+  """With their gradients; the result keeps the unit's dtype whatever the means' is."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 6, 5, 8)).astype(np.float32)
+  unit = ConvBN(3, group_size=2)
+  variables = unit.init(jax.random.key(0), x, True)
+
+  def mean(x):  # of the neighbours that there are; float32
+    total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    return total / np.float32(9)
+
+  def loss(params, x, first):
+    given = {**variables, "params": params}
+    y, _ = (unit.apply(given, mean(x), True, mutable=["batch_stats"]) if first else
+            unit.apply(given, x, True, mean=mean, mutable=["batch_stats"]))
+    return jnp.sum(jnp.sin(y)), y
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+               run(variables["params"], x, False), run(variables["params"], x, True))
+  half = ConvBN(3, group_size=2, dtype=jnp.bfloat16)
+  wide = lambda x: mean(x.astype(jnp.float32))
+  y, _ = half.apply(variables, x, True, mean=wide, mutable=["batch_stats"])
+  assert y.dtype == jnp.bfloat16

@@ -2,9 +2,12 @@
 
 import math
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
+from medattn_jax.models import pooling
 from medattn_jax.models.pooling import adaptive_average, ceil_max_pool
 
 
@@ -19,6 +22,23 @@ def test_ceil_max_pool(size, sides):
   for i, j in np.ndindex(rows, columns):
     window = x[:, 2 * i:2 * i + size, 2 * j:2 * j + size]
     np.testing.assert_array_equal(y[:, i, j], window.max((1, 2)))
+
+
+@pytest.mark.parametrize(("sides", "size", "stride", "around"), [
+  ((9, 11), 3, 2, ((0, 0), (0, 0))), ((8, 8), 3, 2, ((0, 0), (0, 0))),
+  ((7, 8), 3, 2, ((1, 1), (1, 1))), ((8, 9), 2, 2, ((0, 0), (0, 0))),
+  ((8, 7), 3, 2, ((0, 1), (0, 0))), ((3, 3), 2, 2, ((0, 1), (0, 1))),
+  ((6, 5), 3, 1, ((1, 1), (1, 1))), ((7, 9), 2, 3, ((0, 0), (1, 0)))])
+def test_a_gpus_maxima(sides, size, stride, around):
+  """They, and whither their gradient goes, are linen's: of equal pixels to the first."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(-3, 1, (2, *sides, 5)).astype(np.float32)
+  windows = ((size, size), (stride, stride), around)
+  wanted, wanted_pull = jax.vjp(lambda x: nn.max_pool(x, *windows), x)
+  found, pull = jax.vjp(lambda x: pooling._gathered(x, size, stride, around, x.shape[1:3]), x)
+  np.testing.assert_array_equal(found, wanted)
+  slope = rng.normal(size=found.shape).astype(np.float32)
+  np.testing.assert_allclose(pull(slope)[0], wanted_pull(slope)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sides", [(14, 7), (9, 5), (4, 4), (1, 3)])

@@ -16,7 +16,8 @@ from jaxtyping import Float, Key
 
 from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
-from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn
+from medattn_jax.models.pooling import maximum
 
 
 class DenseLayer(nn.Module):
@@ -29,9 +30,9 @@ class DenseLayer(nn.Module):
   @nn.compact
   def __call__(self, pieces: Sequence[Array], train: bool) -> Float[Array, "b h w growth"]:
     x = jnp.concatenate(pieces, -1)  # here: whoever computes it twice keeps the pieces alone
-    y = nn.relu(self.norm(name="norm1")(x, train))
+    y = self.norm(name="norm1")(x, train, relu=True)
     y = self.conv(4 * self.growth, name="conv1")(y)
-    y = nn.relu(self.norm(name="norm2")(y, train))
+    y = self.norm(name="norm2")(y, train, relu=True)
     return self.conv(self.growth, (3, 3), name="conv2")(y)
 
 
@@ -43,7 +44,7 @@ class Transition(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
-    y = nn.relu(self.norm(name="norm")(x, train))
+    y = self.norm(name="norm")(x, train, relu=True)
     y = self.conv(x.shape[-1] // 2, name="conv")(y)
     return nn.avg_pool(y, (2, 2), (2, 2))
 
@@ -96,14 +97,15 @@ class DenseNet(nn.Module):
     size, stride = (3, 1) if small else (7, 2)
     part = remat.parts(self, self.remat, train)
     growth = scaled(self.growth, self.width)
+    pool = functools.partial(maximum, size=3, around=((1, 1), (1, 1)))
 
     def stem(x, train):
-      x = conv(2 * growth, (size, size), stride, name="features-conv0")(x)
-      x = nn.relu(norm(name="features-norm0")(x, train))
-      return x if small else nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      conv0 = conv(2 * growth, (size, size), stride, name="features-conv0")
+      norm0 = norm(name="features-norm0")
+      return conv_bn(conv0, norm0, x, train, None if small else pool, relu=True)
 
     def last(x, train):
-      return nn.relu(norm(name="features-norm5")(x, train))
+      return norm(name="features-norm5")(x, train, relu=True)
 
     x = stage("stem", part(stem, x))
     for number, layers in enumerate(self.blocks, 1):

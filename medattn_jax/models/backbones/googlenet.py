@@ -19,7 +19,7 @@ from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
 from medattn_jax.models.norm import Array, ConvBN, kernel_init
-from medattn_jax.models.pooling import adaptive_average, ceil_max_pool
+from medattn_jax.models.pooling import adaptive_average, ceil_max_pool, maximum
 
 # Features of each block: 1×1; 1×1 and 3×3; 1×1 and 3×3 again; 1×1 after the pool.
 BLOCKS = {
@@ -58,7 +58,7 @@ class Inception(nn.Module):
     for number, (reduced, wide) in enumerate(threes, 2):
       y = unit(reduced, name=f"branch{number}-0")(x, train)
       parts.append(unit(wide, (3, 3), name=f"branch{number}-1")(y, train))
-    greatest = nn.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+    greatest = maximum(x, 3, 1, ((1, 1), (1, 1)))
     parts.append(unit(pool, name="branch4-1")(greatest, train))
     return jnp.concatenate(parts, -1)
 

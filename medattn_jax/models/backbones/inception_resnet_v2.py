@@ -96,11 +96,13 @@ class Stem(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     # Border cells average the cells inside alone.
-    mean = nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=False)
+    mean = functools.partial(
+      nn.avg_pool, window_shape=(3, 3), strides=(1, 1), padding=((1, 1), (1, 1)),
+      count_include_pad=False)
     branches = (((96,),), ((48,), (64, (5, 5))), ((64,), (96, (3, 3)), (96, (3, 3))))
     return jnp.concatenate([
       *side_by_side(self.unit, x, train, branches),
-      self.unit(64, name="branch3-1")(mean, train)], -1)
+      self.unit(64, name="branch3-1")(x, train, mean=mean)], -1)
 
 
 class Reduction(nn.Module):

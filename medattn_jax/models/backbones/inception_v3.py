@@ -57,7 +57,7 @@ class InceptionA(nn.Module):
       branch3x3dbl=[(64,), (96, (3, 3)), (96, (3, 3))])
     return jnp.concatenate([
       *parts,
-      self.unit(self.pool_features, name="branch_pool")(average(x), train)], -1)
+      self.unit(self.pool_features, name="branch_pool")(x, train, mean=average)], -1)
 
 
 class InceptionB(nn.Module):
@@ -87,7 +87,7 @@ class InceptionC(nn.Module):
       branch7x7dbl=[(c,), (c, column), (c, row), (c, column), (192, row)])
     return jnp.concatenate([
       *parts,
-      self.unit(192, name="branch_pool")(average(x), train)], -1)
+      self.unit(192, name="branch_pool")(x, train, mean=average)], -1)
 
 
 class InceptionD(nn.Module):
@@ -120,7 +120,7 @@ class InceptionE(nn.Module):
     return jnp.concatenate([
       first,
       *split("branch3x3_2", single), *split("branch3x3dbl_3", double),
-      self.unit(192, name="branch_pool")(average(x), train)], -1)
+      self.unit(192, name="branch_pool")(x, train, mean=average)], -1)
 
 
 class InceptionV3(nn.Module):

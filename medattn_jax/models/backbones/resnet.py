@@ -17,7 +17,8 @@ from jaxtyping import Float, Key
 
 from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
-from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn
+from medattn_jax.models.pooling import maximum
 
 
 class Residual(nn.Module):
@@ -36,9 +37,8 @@ class Residual(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
     y = x
     for i, (features, size, stride) in enumerate(self.layers, 1):
-      y = nn.relu(y) if i > 1 else y
       y = self.conv(features, (size, size), stride, name=f"conv{i}")(y)
-      y = self.norm(name=f"bn{i}")(y, train)
+      y = self.norm(name=f"bn{i}")(y, train, relu=i < len(self.layers))
     stride = math.prod(stride for _, _, stride in self.layers)
     if stride > 1 or x.shape[-1] != y.shape[-1]:
       x = self.conv(y.shape[-1], stride=stride, name="downsample-0")(x)
@@ -89,11 +89,11 @@ class ResNet(nn.Module):
     small = is_small(self.stem)
     size, stride = (3, 1) if small else (7, 2)
     part = remat.parts(self, self.remat, train)
+    pool = functools.partial(maximum, size=3, around=((1, 1), (1, 1)))
 
     def stem(x, train):
-      x = conv(scaled(64, self.width), (size, size), stride, name="conv1")(x)
-      x = nn.relu(norm(name="bn1")(x, train))
-      return x if small else nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      conv1 = conv(scaled(64, self.width), (size, size), stride, name="conv1")
+      return conv_bn(conv1, norm(name="bn1"), x, train, None if small else pool, relu=True)
 
     x = stage("stem", part(stem, x))
     for number, blocks in enumerate(self.blocks, 1):

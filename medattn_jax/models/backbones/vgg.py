@@ -18,7 +18,7 @@ from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
 from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
-from medattn_jax.models.pooling import adaptive_average
+from medattn_jax.models.pooling import adaptive_average, maximum
 
 # Features and number of the convolutions of each block.
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -76,10 +76,11 @@ class VGG16(nn.Module):
         if self.norm:
           number += 1
           norm = GroupBatchNorm(self.group_size, self.momentum, name=f"features-{number}")
-          x = norm(x, train)
-        x = nn.relu(x)
+          x = norm(x, train, relu=True)
+        else:
+          x = nn.relu(x)
         number += 2
-      return nn.max_pool(x, (2, 2), (2, 2)) if pool else x
+      return maximum(x, 2) if pool else x
 
     for block, (features, layers) in zip(self.STAGES, BLOCKS, strict=True):
       own = functools.partial(
