@@ -45,14 +45,14 @@ class Program(NamedTuple):
   """A program, compiled.
 
   Attributes:
-    flops: of a device, as XLA counts them: of the bank's loop one round.
+    flops: of a device, as XLA counts them: of the bank's loop one round. None: not counted here.
     seconds: that lowering and compiling it took.
     run: milliseconds a call, over so many; None where it is not to be run here.
   """
 
   compiled: Any
   text: str
-  flops: float
+  flops: float | None
   seconds: float
   run: Callable[[int], float] | None = None
 
@@ -139,7 +139,7 @@ def figures(programs, held, flags, classifier, count, mesh) -> dict[str, Any]:
     for name, one in programs.items():
       times[name].append(one.run(flags.steps))
   least = {name: min(own, default=None) for name, own in times.items()}
-  step = programs["step"]
+  step, alone = programs["step"], programs["without"].flops
   return rows.row(
     "bank", config={
       "classifier": classifier, "images": count,
@@ -147,7 +147,8 @@ def figures(programs, held, flags, classifier, count, mesh) -> dict[str, Any]:
          ("image_size", "backbone", "hidden", "rounds", "steps")}},
     devices=mesh.size, device_kind=mesh.devices.flat[0].device_kind, batch=flags.batch,
     dtype="float32", compile_seconds=step.seconds, milliseconds=times["step"], images=flags.batch,
-    flops=mesh.size * programs["without"].flops + of_map, memory=report.read(step.compiled).peak,
+    flops=None if alone is None else mesh.size * alone + of_map,
+    memory=report.read(step.compiled).peak,
     without_ms=least["without"], map_ms=least["map"],
     ratio=least["step"] / least["without"] if least["step"] else None, **found)
 
@@ -267,8 +268,7 @@ def _read(lower: Callable[[], Any]) -> Program:
   from benchmarks import steps
 
   lowered, compiled, seconds = steps.compiled(lower)
-  cost = lowered.cost_analysis() or {}
-  return Program(compiled, compiled.as_text(), cost.get("flops", 0.0), seconds)
+  return Program(compiled, compiled.as_text(), steps.counted(lowered), seconds)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

@@ -119,7 +119,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     found.append(rows.row(
       "breakdown", config={**pages.describe(page, flags.phase), "part": name},
       compile_seconds=seconds, milliseconds=milliseconds, images=now.images,
-      flops=lowered.cost_analysis()["flops"], memory=report.read(compiled).peak, **shared,
+      flops=steps.counted(lowered), memory=report.read(compiled).peak, **shared,
       forward_ms=rows.rounded(min(times[name, "forward"])) if "forward" in kinds else None))
   whole = found[-1]["step_ms"]["min"]
   for one in found:

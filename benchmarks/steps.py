@@ -92,6 +92,24 @@ def compiled(
   return lowered, program, time.perf_counter() - begin
 
 
+def _host_cpu() -> list[Any]:
+  """The host's CPU, on which what is only counted is lowered.
+
+  Raises:
+    UserError: JAX_PLATFORMS hides it.
+  """
+  try:
+    return jax.devices("cpu")[:1]
+  except RuntimeError:
+    raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms}: without the host's CPU nothing "
+                    "counts operations; accepted: with cpu after a comma, or unset") from None
+
+
+def counted(lowered: jax.stages.Lowered) -> float | None:
+  """Floating point operations by XLA's count; None on a GPU or TPU, whose plug-in counts none."""
+  return (lowered.cost_analysis() or {}).get("flops")
+
+
 _COUNTED: dict[str, float] = {}  # by page and phase: more devices have the same share each
 
 
@@ -99,7 +117,8 @@ def flops(page: Any, phase: str, devices: int = 1) -> float:
   """Floating point operations of an update, over all devices: XLA's count, before it compiles.
 
   Of one small batch on one device, times how many there are: a program's own count sees a loop's
-  body once, and each device updates all params.
+  body once, and each device updates all params. Counted for the host's CPU: a GPU's or TPU's
+  plug-in counts nothing before it compiles.
   """
   page = copy.deepcopy(page)
   each = page.phases[phase].accumulation
@@ -107,8 +126,7 @@ def flops(page: Any, phase: str, devices: int = 1) -> float:
   page.data.batch_size //= devices
   key = json.dumps([page.to_dict(), phase])
   if key not in _COUNTED:
-    lowered = build(page, phase, jax.devices()[:1]).lower_train_step()
-    _COUNTED[key] = lowered.cost_analysis()["flops"]
+    _COUNTED[key] = counted(build(page, phase, _host_cpu()).lower_train_step())
   return devices * each * _COUNTED[key]
 
 

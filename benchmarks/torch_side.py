@@ -191,11 +191,13 @@ class ZoomInNet(nn.Module):
 class Best(ZoomInNet):
   """One upload of the full images; view, selection and crops on the device, in one pass."""
 
+  def __init__(self, page):
+    super().__init__(page)
+    self.view, self.cut = small_view, cut
+
   def forward(self, image):  # uint8 [N, full, full, 3]
-    page = self.page
-    looked = self.look(small_view(image, page))
-    first = corners(select(looked[3].detach(), page), page)
-    return self.answer(looked, normalised(gathered(image, first, page), page))
+    looked = self.look(self.view(image, self.page))
+    return self.answer(looked, self.cut(image, looked[3].detach(), self.page))
 
 
 class Users(ZoomInNet):
@@ -203,6 +205,19 @@ class Users(ZoomInNet):
 
   def forward(self, view, patches):
     return self.answer(self.look(view), patches)
+
+
+def compile_parts(net: nn.Module) -> None:
+  """Compiles what a network runs one after another, block by block, each for the shapes it meets.
+
+  (PyTorch calls it regional compilation: blocks that are alike are compiled once.)
+  """
+  torch._dynamo.config.recompile_limit = 64  # shapes of one class
+  for name, part in net.named_children():
+    if name == "backbone" or isinstance(part, (nn.Sequential, MainNet, CropNet)):
+      compile_parts(part)
+    else:
+      part.compile(dynamic=False)
 
 
 def small_view(image: torch.Tensor, page: Any) -> torch.Tensor:
@@ -244,6 +259,12 @@ def corners(centres: Any, page: Any) -> Any:
   return (((2 * centres + 1) * full - crop * size) // (2 * size)).clip(0, full - crop)
 
 
+def cut(image: torch.Tensor, gated: torch.Tensor, page: Any) -> torch.Tensor:
+  """The normalised crops [N·num, 3, crop, crop] of the strongest places of the maps."""
+  first = corners(select(gated, page), page)
+  return normalised(gathered(image, first, page), page)
+
+
 def gathered(image: torch.Tensor, first: torch.Tensor, page: Any) -> torch.Tensor:
   """uint8 [N·num, 3, crop, crop] of uint8 [N, full, full, 3], by one indexing."""
   reach = torch.arange(page.model.crop_size, device=image.device)
@@ -283,9 +304,11 @@ class Side:
     way: "torch" for a classifier; "best" or "users" for Zoom-in-Net.
     weights: by name, as benchmarks.versus_torch.named has them.
     batches: {"image": uint8 [n, full, full, 3], "level": int [n]} of the host.
+    compiled: by torch.compile: "yes", the network as a whole; "parts", block by block, so that
+      blocks that are alike are compiled once; "no".
   """
 
-  def __init__(self, page, way, weights, batches, *, compiled: bool, channels_last: bool):
+  def __init__(self, page, way, weights, batches, *, compiled: str, channels_last: bool):
     self.page, self.way = page, way
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self.amp = page.precision == "bfloat16"
@@ -305,8 +328,14 @@ class Side:
     self.number = 0
     self.forward: Callable = {"torch": self._classify, "best": self._best, "users": self._second}[
       way]
-    if compiled:
+    self.normalised = normalised
+    if compiled == "yes":
       self.forward = torch.compile(self.forward)
+    elif compiled == "parts":
+      compile_parts(self.net)
+      self.normalised = torch.compile(normalised)
+      if way == "best":
+        net.view, net.cut = torch.compile(net.view), torch.compile(net.cut)
 
   def _ready(self, batch):
     """What a data loader would hand over: pinned, and for `users` with the view made."""
@@ -326,7 +355,8 @@ class Side:
 
   def _classify(self, image, level):
     with self._autocast():
-      x = normalised(image.permute(0, 3, 1, 2), self.page).contiguous(memory_format=self.layout)
+      x = self.normalised(image.permute(0, 3, 1, 2), self.page)
+      x = x.contiguous(memory_format=self.layout)
       return F.cross_entropy(self.net(x).float(), level)
 
   def _best(self, image, level):
@@ -335,7 +365,7 @@ class Side:
 
   def _second(self, view, patches, level):
     with self._autocast():
-      return self._loss(self.net(view, normalised(patches, self.page)), level)
+      return self._loss(self.net(view, self.normalised(patches, self.page)), level)
 
   def _loss(self, answers, level):
     first, *others = (F.cross_entropy(y.float(), level) for y in answers)

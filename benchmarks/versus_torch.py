@@ -1,8 +1,8 @@
 """Is a training step here as fast as the same step in PyTorch? Both in one run, in turns.
 
 `python -m benchmarks.versus_torch [--size=small|full] [--models=resnet50,…,zoom_in_net]
-[--batch=N] [--image-size=N] [--dtype=float32|bfloat16] [--torch-compile=yes|no] [--cores=N]
-[--check] [--json] [--plot=FILE]`
+[--batch=N] [--image-size=N] [--dtype=float32|bfloat16] [--torch-compile=yes|parts|no]
+[--cores=N] [--at-once=N] [--check] [--json] [--plot=FILE]`
 
 Forward, backward and update by SGD with momentum; uint8 images, uploaded at each step and
 normalised on the device; the same weights, so that the losses of the first steps must agree
@@ -10,7 +10,8 @@ normalised on the device; the same weights, so that the losses of the first step
 last, autocast and torch.compile (the latter two on a GPU; on a CPU where asked for). Of Zoom-in-Net
 there are two: `users`, with two passes and crops cut by the host, and `best`, on the device in one.
 No dropout, augmentation or auxiliary head on either side, and one group of normalisation, as
-PyTorch has. Each side is a process of its own; they take turns, and the fastest round counts. On a
+PyTorch has. Each side is a process of its own; they take turns, and the fastest round counts. The
+sides of so many models as --at-once says compile beside one another, and wait for each other. On a
 CPU the processor's time of a step is told as well: with --cores=1 it is fair on a machine that is
 shared with others, on which threads that wait for one another are slowed most.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -57,10 +59,13 @@ def main() -> None:
   parser.add_argument("--batch", type=int, help="patients of pairs, else images")
   parser.add_argument("--image-size", type=int, help="pixels a side")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 but on a CPU")
-  parser.add_argument("--torch-compile", choices=("yes", "no"), help="yes but on a CPU")
+  parser.add_argument("--torch-compile", choices=("yes", "parts", "no"),
+                      help="as a whole, block by block or not; as a whole but on a CPU")
   parser.add_argument("--torch-layout", choices=("last", "first"), default="last",
                       help="where PyTorch keeps channels")
   parser.add_argument("--cores", type=int, help="of the CPU, for each side; all by default")
+  parser.add_argument("--at-once", type=int, default=1, metavar="N",
+                      help="models that have room beside one another: for a host of many cores")
   parser.add_argument("--rounds", type=int)
   parser.add_argument("--seconds", type=float, help="of a round, about")
   parser.add_argument("--check", action="store_true", help="exit with 1 where losses differ")
@@ -69,10 +74,11 @@ def main() -> None:
     rows.stop("versus_torch", f"{', '.join(missing)} would have to be installed; accepted: "
               "pip install 'medattn_jax[parity]'")
   found = []
+  models, many = flags.models.split(","), max(1, flags.at_once)
   try:
-    for model in flags.models.split(","):
-      found += measure(model, flags)
-      for one in found[-len(sides(model)):]:
+    for first in range(0, len(models), many):
+      for one in measure(models[first:first + many], flags):
+        found.append(one)
         print(json.dumps(one, allow_nan=False) if flags.json else line(one), flush=True)
   except UserError as error:
     rows.stop("versus_torch", error)
@@ -90,35 +96,57 @@ def sides(model: str) -> tuple[str, ...]:
   return ("ours", "best", "users") if model in pages.PAIRS else ("ours", "torch")
 
 
-def measure(model: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
-  """A line for each side, in the order of `sides`."""
+def measure(models: Sequence[str], flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  """A line for each side of each model, in the order of `sides`."""
+  named = [(model, adapted(model, flags)) for model in models]
+  with contextlib.ExitStack() as every:
+    started = []
+    for model, page in named:
+      own = every.enter_context(contextlib.ExitStack())
+      scratch = own.enter_context(tempfile.TemporaryDirectory())
+      there = {}
+      for side in sides(model):  # ours first: it writes the weights that the others read
+        there[side] = own.enter_context(child(model, side, page, flags, scratch))
+        if flags.at_once == 1:
+          there[side].ready  # noqa: B018 (waited for, before another disturbs it)
+      started.append((model, page, own, there))
+    for *_, there in started:
+      for one in there.values():
+        one.ready  # noqa: B018
+    for model, page, own, there in started:
+      with own:
+        yield from compared(model, page, there, flags)
+
+
+def adapted(model: str, flags: argparse.Namespace) -> pages.Page:
   batch, image_size = pages.shape(model, flags.size)
   if model.startswith("m_net"):
     raise UserError(f"--models: {model}; accepted: a backbone, demo, zoom_in_net")
   page = pages.adapted(
     pages.named(model), batch=flags.batch or batch, image_size=flags.image_size or image_size,
     precision=flags.dtype or dtype_here(), accumulation=1)
-  page = pages.plain(page)
-  with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-    # Ours first: it writes the weights that the others read.
-    there = {side: stack.enter_context(child(model, side, page, flags, scratch))
-             for side in sides(model)}
-    counts = {side: max(1, min(200, math.ceil(flags.seconds / one.ready["step_seconds"])))
-              for side, one in there.items()}
-    times, worked = ({side: [] for side in there} for _ in range(2))
-    for _ in range(flags.rounds):
-      for side, one in there.items():
-        answer = one.ask(counts[side])
-        times[side].append(answer["milliseconds"])
-        worked[side].append(answer["processor_ms"])
-    memory = {side: one.ask(0)["memory"] for side, one in there.items()}
+  return pages.plain(page)
+
+
+def compared(
+  model: str, page: pages.Page, there: Mapping[str, child], flags: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+  """The lines of a model whose sides are ready: they take turns."""
+  counts = {side: max(1, min(200, math.ceil(flags.seconds / one.ready["step_seconds"])))
+            for side, one in there.items()}
+  times, worked = ({side: [] for side in there} for _ in range(2))
+  for _ in range(flags.rounds):
+    for side, one in there.items():
+      answer = one.ask(counts[side])
+      times[side].append(answer["milliseconds"])
+      worked[side].append(answer["processor_ms"])
+  memory = {side: one.ask(0)["memory"] for side, one in there.items()}
   ours = there["ours"].ready
   images = page.data.batch_size * (2 if model in pages.PAIRS else 1)
-  found = []
   for side, one in there.items():
     layout = {} if side == "ours" else {
       "compiled": one.ready["compiled"], "channels": flags.torch_layout}
-    found.append(rows.row(
+    yield rows.row(
       "versus_torch", config={**pages.describe(page, phase_of(page)), "side": side, **layout},
       devices=1, device_kind=one.ready["kind"], batch=page.data.batch_size, dtype=page.precision,
       compile_seconds=one.ready["compile_seconds"], milliseconds=times[side], images=images,
@@ -127,8 +155,7 @@ def measure(model: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
       same_losses=agree(ours["losses"], one.ready["losses"], page.precision),
       ours_over_it=rows.rounded(min(times[side]) / min(times["ours"])),
       processor_ms=rows.spread(worked[side]),
-      ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"]))))
-  return found
+      ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"])))
 
 
 def phase_of(page: pages.Page) -> str:
@@ -143,11 +170,7 @@ def agree(ours: Sequence[float], theirs: Sequence[float], precision: str) -> boo
 
 
 class child:
-  """One side in a process of its own: it is asked for rounds, one at a time.
-
-  Attributes:
-    ready: what it said when it was ready.
-  """
+  """One side in a process of its own: it is asked for rounds, one at a time."""
 
   def __init__(self, model: str, side: str, page: pages.Page, flags: Any, scratch: str):
     spec = {"model": model, "side": side, "page": page.to_dict(), "scratch": scratch,
@@ -160,10 +183,16 @@ class child:
       [sys.executable, "-m", "benchmarks.versus_torch", "--serve", json.dumps(spec)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-      self.ready = self._answer()
+      if side == "ours":
+        self._answer()  # that the others find what they read
     except BaseException:
       self.__exit__()
       raise
+
+  @functools.cached_property
+  def ready(self) -> dict[str, Any]:
+    """What it says when it is ready, waited for."""
+    return self._answer()
 
   def _answer(self) -> dict[str, Any]:
     for text in self.process.stdout:
@@ -185,6 +214,7 @@ class child:
     self.process.stdout.close()
 
 
+@functools.cache
 def dtype_here() -> str:
   """bfloat16 where PyTorch sees a GPU; asked of a child, so that none is held here."""
   code = "import torch; print(torch.cuda.is_available())"
@@ -225,6 +255,7 @@ def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict
   flat = lambda x: x.reshape(-1, *x.shape[2:])  # the eyes of a pair beside each other
   for number, (host,) in enumerate(hosts):
     np.savez(scratch / f"batch{number}.npz", image=flat(host["image"]), level=flat(host["level"]))
+  yield {"written": scratch.name}
   where = jax.tree.map(lambda x: x.sharding, now.abstract_state)
   state = sharding.place(state.replace(params=params, batch_stats=stats), where)
 
@@ -233,7 +264,7 @@ def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict
 
   step = make_train_step(
     still, now.optimizer, now.mesh, state=now.abstract_state, **now.step_options)
-  lowered, compiled, seconds = steps.compiled(lambda: step.lower(state, now.put_train(hosts[0])))
+  _, compiled, seconds = steps.compiled(lambda: step.lower(state, now.put_train(hosts[0])))
   compiled = heap.Kept(compiled)
 
   def run(state, count):
@@ -251,7 +282,7 @@ def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict
   begin = time.perf_counter()
   state, _ = run(state, 2)
   yield {"losses": losses, "compile_seconds": seconds, "kind": device.device_kind,
-         "flops": lowered.cost_analysis()["flops"],
+         "flops": steps.flops(page, phase_of(page)),
          "step_seconds": (time.perf_counter() - begin) / 2}
   for count in asked:
     if not count:
@@ -268,7 +299,7 @@ def theirs(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[di
 
   from benchmarks import torch_side
 
-  compiled = (spec["compile"] or ("yes" if torch.cuda.is_available() else "no")) == "yes"
+  compiled = spec["compile"] or ("yes" if torch.cuda.is_available() else "no")
   read = {}
   for name in ("weights", "batch0", "batch1"):
     path = pathlib.Path(spec["scratch"]) / f"{name}.npz"
@@ -408,7 +439,8 @@ def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     panel.annotate("as fast as PyTorch", (0.01, 1), (0, 3), textcoords="offset points",
                    xycoords=("axes fraction", "data"), fontsize=8, color="0.3")
     panel.set_ylabel("images/s here, over PyTorch's")
-    compiled = "compiled" if others[0]["config"]["compiled"] else "not compiled"
+    compiled = {"yes": "compiled", "parts": "compiled block by block", "no": "not compiled"}[
+      others[0]["config"]["compiled"]]
     panel.set_title(
       f"{found[0]['device_kind']}, {found[0]['dtype']}; PyTorch {compiled}", fontsize=10)
     panel.margins(y=0.15)

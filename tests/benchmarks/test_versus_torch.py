@@ -1,5 +1,7 @@
 """Both sides do the same work, and where there is no other side it is said."""
 
+import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -59,6 +61,45 @@ def test_every_weight_has_a_name_and_is_felt():
   neck = params["m_net"]["neck"]["conv"]["kernel"]
   np.testing.assert_array_equal(named["m_net.neck.conv.weight"][..., 0, 0], neck[0, 0].T)
   assert "c_net.backbone.stage2_0_2.bn.running_var" in named
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_models_at_once(at_once, monkeypatch):
+  """So many are started before the first is waited for; each is measured by itself, in order."""
+  said = []
+
+  class Child:
+    def __init__(self, model, side, page, flags, scratch):
+      self.name = f"{model} {side}"
+      said.append(f"start {self.name}")
+
+    @functools.cached_property
+    def ready(self):
+      said.append(f"ready {self.name}")
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *_):
+      said.append(f"end {self.name}")
+
+  def compared(model, page, there, flags):
+    said.append(f"turns {model}")
+    yield from ({"asked": model, "side": side} for side in there)
+
+  monkeypatch.setattr(versus_torch, "child", Child)
+  monkeypatch.setattr(versus_torch, "compared", compared)
+  monkeypatch.setattr(versus_torch, "dtype_here", lambda: "float32")
+  flags = argparse.Namespace(
+    at_once=at_once, size="small", batch=None, image_size=None, dtype=None)
+  rows = list(versus_torch.measure(["resnet18", "resnet_small"], flags))
+  assert [(one["asked"], one["side"]) for one in rows] == [
+    (model, side) for model in ("resnet18", "resnet_small") for side in ("ours", "torch")]
+  starts = [at for at, word in enumerate(said) if word.startswith("start")]
+  waits = [at for at, word in enumerate(said) if word.startswith("ready")]
+  assert (max(starts) < min(waits)) is (at_once == 2)
+  assert max(waits) < said.index("turns resnet18") < said.index("end resnet18 ours")
+  assert said.index("end resnet18 ours") < said.index("turns resnet_small")
 
 
 @pytest.mark.slow
