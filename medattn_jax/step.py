@@ -191,6 +191,9 @@ def local_step(
       grads = {**grads, common.branch: jax.tree.map(jnp.add, own, spread)}
       constants = common.keep(constants, made, age)
 
+    # A GPU's compiler else copies what it overwrites before the norm has read it.
+    whole, metrics["parameter_norm"] = jax.lax.platform_dependent(
+      (whole, metrics["parameter_norm"]), cuda=jax.lax.optimization_barrier, default=lambda x: x)
     updates, opt_state = optimizer.update(grads, state.opt_state, whole)
     params = optax.apply_updates(whole, updates)
     average = state.ema

@@ -12,7 +12,7 @@ import pytest
 
 from medattn_jax import config, experiment, forecast, models
 from medattn_jax.models.norm import Conv
-from medattn_jax.programs import chips, report
+from medattn_jax.programs import chips, report, traffic
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -93,14 +93,14 @@ def test_a_step_multiplies_no_more_than_its_layers_must(name, phase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x4", "h200:8"])
-def test_the_whole_step_on_an_accelerators_compiler(target):
+def test_the_whole_step_on_an_accelerators_compiler(target, tmp_path):
   """Inception-ResNet-v2, A-Net and C-Net's Inception-v3, 8 photographs of 1230² a chip."""
   wanted = chips.target(target)
   if reason := chips.missing(wanted):
     pytest.skip(reason)
   page = config.load_page(str(CONFIGS / "zoom_in_net.py"), [
     ("data.batch_size", "32"), ("norm.group_size", "8"), ("phases.c.accumulation", "1")])
-  found = forecast.of(page, "c", wanted)
+  found = forecast.of(page, "c", wanted, keep=str(tmp_path / "program.txt"))
   assert found.fits
   # A TPU's compiler gathers the kernels, which no vector holds, into a few; for a GPU there are
   # three vectors, each beside what is still to be done.
@@ -108,5 +108,8 @@ def test_the_whole_step_on_an_accelerators_compiler(target):
   assert found.report.counts["all-reduce"] <= (6 if wanted.tpu else 3)
   if wanted.gpu:
     assert not any(one.synchronous for one in found.report.collectives)
+    # What is overwritten is not copied first: there were a thousand such kernels.
+    program, entry = traffic.parse((tmp_path / "program.txt").read_text())
+    assert sum(one.kind == "copy" for one in program[entry].values()) < 20
   assert not any(one.inside for one in found.report.collectives)
   assert found.report.donated == found.leaves
