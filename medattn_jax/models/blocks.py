@@ -3,7 +3,8 @@
 A TPU moves and multiplies 128 channels at a time, be they there or not: of a picture's 3 and a
 stem's 32 or 64 most are padding. In blocks of 2×2 pixels they are four times as many. A published
 kernel is rearranged when the step is traced and gives the same numbers: the parameters know nothing
-of it. Other chips have no use for it.
+of it. A GPU works on eight channels at a time: there the first convolution alone is computed so,
+and gives no blocks (`convolution.py`).
 """
 
 from __future__ import annotations

@@ -237,13 +237,13 @@ def _forward(x, scale, bias, inside, epsilon, count, relu):
 
 
 def _backward(epsilon, count, relu, saved, cotangents):
-  x, scale, mean, inverse, ahead, inside = saved
+  x, scale, mean, inverse, shift, inside = saved
 
   def read(x, gradient):
     """What flows back into the normalisation, and the centred numbers, float32."""
     wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     if relu:
-      positive = wide * _tile(scale * inverse, x) + _tile(ahead, x) > 0
+      positive = wide * _tile(scale * inverse, x) + _tile(shift, x) > 0
       gradient = jnp.where(positive, gradient, 0)
     return gradient, wide - _tile(mean, x)
 

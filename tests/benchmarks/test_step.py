@@ -48,6 +48,23 @@ def test_it_starts_where_only_jax_is(tmp_path):
   assert (tmp_path / "step.png").stat().st_size > 1000
 
 
+def test_operations_are_counted_on_the_hosts_cpu(monkeypatch):
+  """Whatever the step's own devices are: a GPU's plug-in counts none."""
+  page = pages.adapted(pages.named("cnn"), batch=2, image_size=16)
+  there, wanted = jax.devices, steps.flops(page, "joint")
+  monkeypatch.setattr(steps, "_COUNTED", {})
+  monkeypatch.setattr(jax, "devices", lambda *which: there(*which) if which == ("cpu",) else [])
+  assert steps.flops(page, "joint") == wanted > 0
+
+  def hidden(*which):
+    raise RuntimeError("no such platform")
+
+  monkeypatch.setattr(steps, "_COUNTED", {})
+  monkeypatch.setattr(jax, "devices", hidden)
+  with pytest.raises(UserError, match="accepted: with cpu after a comma"):
+    steps.flops(page, "joint")
+
+
 @pytest.mark.parametrize("flag", ["--models=resnet5", "--phases=x", "--parallel=xmap",
                                   "--dtypes=int8"])
 def test_a_bad_flag_is_one_line(flag, capsys, monkeypatch):
