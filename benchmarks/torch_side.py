@@ -302,7 +302,7 @@ class Side:
   Args:
     page: of benchmarks.pages, `plain`.
     way: "torch" for a classifier; "best" or "users" for Zoom-in-Net.
-    weights: by name, as benchmarks.versus_torch.named has them.
+    weights: by name, as benchmarks.torch_weights.named has them.
     batches: {"image": uint8 [n, full, full, 3], "level": int [n]} of the host.
     compiled: by torch.compile: "yes", the network as a whole; "parts", block by block, so that
       blocks that are alike are compiled once; "no".

@@ -28,17 +28,13 @@ import json
 import math
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from benchmarks import pages, rows
+from benchmarks import pages, rows, sides
 from medattn_jax.errors import UserError
 
 SIZES = {
@@ -46,14 +42,10 @@ SIZES = {
   "full": {"models": "resnet50,inception_resnet_v2,inception_v3,densenet121,vgg16,zoom_in_net",
            "rounds": 5, "seconds": 3.0},
 }
-FIRST = 3  # steps whose losses are compared
 NEEDED = ("torch", "torchvision", "timm")
 
 
 def main() -> None:
-  if len(sys.argv) == 3 and sys.argv[1] == "--serve":
-    serve(json.loads(sys.argv[2]))
-    return
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--models", help="with commas between")
   parser.add_argument("--batch", type=int, help="patients of pairs, else images")
@@ -73,8 +65,10 @@ def main() -> None:
   if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
     rows.stop("versus_torch", f"{', '.join(missing)} would have to be installed; accepted: "
               "pip install 'medattn_jax[parity]'")
+  if flags.at_once < 1:
+    rows.stop("versus_torch", f"--at-once={flags.at_once}; accepted: 1 or more")
   found = []
-  models, many = flags.models.split(","), max(1, flags.at_once)
+  models, many = flags.models.split(","), flags.at_once
   try:
     for first in range(0, len(models), many):
       for one in measure(models[first:first + many], flags):
@@ -91,13 +85,13 @@ def main() -> None:
     sys.exit(1)
 
 
-def sides(model: str) -> tuple[str, ...]:
+def ways(model: str) -> tuple[str, ...]:
   """What is measured of a model, ours first."""
   return ("ours", "best", "users") if model in pages.PAIRS else ("ours", "torch")
 
 
 def measure(models: Sequence[str], flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
-  """A line for each side of each model, in the order of `sides`."""
+  """A line for each side of each model, in the order of `ways`."""
   named = [(model, adapted(model, flags)) for model in models]
   with contextlib.ExitStack() as every:
     started = []
@@ -105,7 +99,7 @@ def measure(models: Sequence[str], flags: argparse.Namespace) -> Iterator[dict[s
       own = every.enter_context(contextlib.ExitStack())
       scratch = own.enter_context(tempfile.TemporaryDirectory())
       there = {}
-      for side in sides(model):  # ours first: it writes the weights that the others read
+      for side in ways(model):  # ours first: it writes the weights that the others read
         there[side] = own.enter_context(child(model, side, page, flags, scratch))
         if flags.at_once == 1:
           there[side].ready  # noqa: B018 (waited for, before another disturbs it)
@@ -147,7 +141,7 @@ def compared(
     layout = {} if side == "ours" else {
       "compiled": one.ready["compiled"], "channels": flags.torch_layout}
     yield rows.row(
-      "versus_torch", config={**pages.describe(page, phase_of(page)), "side": side, **layout},
+      "versus_torch", config={**pages.describe(page, sides.phase_of(page)), "side": side, **layout},
       devices=1, device_kind=one.ready["kind"], batch=page.data.batch_size, dtype=page.precision,
       compile_seconds=one.ready["compile_seconds"], milliseconds=times[side], images=images,
       flops=ours["flops"], memory=memory[side], asked=model,
@@ -156,10 +150,6 @@ def compared(
       ours_over_it=rows.rounded(min(times[side]) / min(times["ours"])),
       processor_ms=rows.spread(worked[side]),
       ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"])))
-
-
-def phase_of(page: pages.Page) -> str:
-  return "joint" if "joint" in page.phases else "c"
 
 
 def agree(ours: Sequence[float], theirs: Sequence[float], precision: str) -> bool:
@@ -180,7 +170,7 @@ class child:
                        TF_CPP_MIN_LOG_LEVEL="3")
     self.side = side
     self.process = subprocess.Popen(
-      [sys.executable, "-m", "benchmarks.versus_torch", "--serve", json.dumps(spec)],
+      [sys.executable, "-m", "benchmarks.sides", json.dumps(spec)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
       if side == "ours":
@@ -220,185 +210,6 @@ def dtype_here() -> str:
   code = "import torch; print(torch.cuda.is_available())"
   said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   return "bfloat16" if said.stdout.strip() == "True" else "float32"
-
-
-def serve(spec: Mapping[str, Any]) -> None:
-  """A side's process: says what is ready, then how long so many steps take; 0: its memory."""
-  page = _page(spec["page"])
-  if spec["cores"]:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:spec["cores"]])
-  make = ours if spec["side"] == "ours" else theirs
-  for answer in make(page, spec, (int(text) for text in sys.stdin)):
-    print(json.dumps(answer), flush=True)
-
-
-def _page(values: Mapping[str, Any]) -> pages.Page:
-  return pages.Page(
-    {key: _page(value) if isinstance(value, dict) else value for key, value in values.items()})
-
-
-def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:
-  import jax
-
-  from benchmarks import steps
-  from medattn_jax import heap, sharding
-  from medattn_jax.step import make_train_step
-
-  heap.run_in_caller()
-  now = steps.build(page, phase_of(page), jax.devices()[:1])
-  device = jax.devices()[0]
-  hosts = [steps.host_batches(now, seed) for seed in range(2)]
-  state = jax.device_get(now.initial())
-  params, stats = drawn(state.params), drawn(state.batch_stats)
-  scratch = pathlib.Path(spec["scratch"])
-  np.savez(scratch / "weights.npz", **named(page, params, stats))
-  flat = lambda x: x.reshape(-1, *x.shape[2:])  # the eyes of a pair beside each other
-  for number, (host,) in enumerate(hosts):
-    np.savez(scratch / f"batch{number}.npz", image=flat(host["image"]), level=flat(host["level"]))
-  yield {"written": scratch.name}
-  where = jax.tree.map(lambda x: x.sharding, now.abstract_state)
-  state = sharding.place(state.replace(params=params, batch_stats=stats), where)
-
-  def still(variables, image, *, drawn, **options):
-    return now.apply(variables, image, drawn=drawn._replace(chance=None), **options)
-
-  step = make_train_step(
-    still, now.optimizer, now.mesh, state=now.abstract_state, **now.step_options)
-  _, compiled, seconds = steps.compiled(lambda: step.lower(state, now.put_train(hosts[0])))
-  compiled = heap.Kept(compiled)
-
-  def run(state, count):
-    """So many steps; batches are uploaded one ahead."""
-    ahead, metrics = now.put_train(hosts[0]), None
-    for number in range(count):
-      batch, ahead = ahead, now.put_train(hosts[(number + 1) % 2])
-      state, metrics = compiled(state, batch)
-    return jax.block_until_ready((state, metrics))
-
-  losses = []
-  for number in range(FIRST):
-    state, metrics = compiled(state, now.put_train(hosts[number % 2]))
-    losses.append(float(metrics["loss"]))
-  begin = time.perf_counter()
-  state, _ = run(state, 2)
-  yield {"losses": losses, "compile_seconds": seconds, "kind": device.device_kind,
-         "flops": steps.flops(page, phase_of(page)),
-         "step_seconds": (time.perf_counter() - begin) / 2}
-  for count in asked:
-    if not count:
-      held = (device.memory_stats() or {}).get("peak_bytes_in_use")
-      yield {"memory": held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-      continue
-    watch = Watch()
-    state, _ = run(state, count)
-    yield watch.each(count)
-
-
-def theirs(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:
-  import torch
-
-  from benchmarks import torch_side
-
-  compiled = spec["compile"] or ("yes" if torch.cuda.is_available() else "no")
-  read = {}
-  for name in ("weights", "batch0", "batch1"):
-    path = pathlib.Path(spec["scratch"]) / f"{name}.npz"
-    with np.load(path, allow_pickle=False) as held:
-      read[name] = dict(held)
-  side = torch_side.Side(
-    page, spec["side"], read["weights"], [read["batch0"], read["batch1"]], compiled=compiled,
-    channels_last=spec["channels_last"])
-  started = side.start(FIRST)
-  begin = time.perf_counter()
-  side.step(), side.step(), side.wait()
-  yield {**started, "kind": side.kind, "compiled": compiled,
-         "step_seconds": (time.perf_counter() - begin) / 2}
-  for count in asked:
-    if not count:
-      yield {"memory": side.memory()}
-      continue
-    side.number = 0
-    watch = Watch()
-    for _ in range(count):
-      side.step()
-    side.wait()
-    yield watch.each(count)
-
-
-class Watch:
-  """Milliseconds, by the clock and of this process's threads, since it was made."""
-
-  def __init__(self):
-    self.clock, self.worked = time.perf_counter(), time.process_time()
-
-  def each(self, count: int) -> dict[str, float]:
-    return {"milliseconds": (time.perf_counter() - self.clock) * 1000 / count,
-            "processor_ms": (time.process_time() - self.worked) * 1000 / count}
-
-
-def drawn(tree: Any) -> Any:
-  """A tree of weights with noise on what begins as zeros or ones, that every part is felt."""
-  from flax import traverse_util
-
-  def one(path, value):
-    rng = np.random.default_rng([len(path), value.size])
-    noise = rng.standard_normal(value.shape).astype(np.float32) / 10
-    if path[-1] == "var":
-      return 1 + np.abs(noise)
-    if path[-1] == "kernel" and np.abs(value).max() > 0.1:
-      return value
-    return value + noise / (value.shape[-2] ** 0.5 if value.ndim > 1 else 1)
-
-  flat = traverse_util.flatten_dict(tree)
-  return traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})
-
-
-def named(page: pages.Page, params: Mapping, stats: Mapping) -> dict[str, np.ndarray]:
-  """Our variables under PyTorch's names and in its shapes (see torch_side)."""
-  model, found = page.model, {}
-  if model.name == "global_attention":
-    return _of_backbone(model.backbone, params["backbone"], stats.get("backbone", {}))
-  for branch, own in params.items():
-    apart = lambda tree: {name: x for name, x in tree.items() if name != "backbone"}
-    below = stats.get(branch, {})
-    parts = {"": _flat({"params": apart(own), "batch_stats": apart(below)})}
-    if "backbone" in own:
-      name = model.backbone if branch == "m_net" else model.crop_backbone
-      parts["backbone."] = _of_backbone(name, own["backbone"], below.get("backbone", {}))
-    found |= {f"{branch}.{part}{name}": x for part, all_ in parts.items()
-              for name, x in all_.items()}
-  return found
-
-
-def _of_backbone(name: str, params: Mapping, stats: Mapping) -> dict[str, np.ndarray]:
-  from medattn_jax.models import pretrained
-
-  variables = {"params": params, "batch_stats": stats}
-  return pretrained.to_torch(name, variables) if name in pretrained.HEADS else _flat(variables)
-
-
-def _flat(variables: Mapping) -> dict[str, np.ndarray]:
-  """Of parts that are named alike on both sides."""
-  from flax import traverse_util
-
-  flat = traverse_util.flatten_dict(dict(variables))
-  return {".".join([*parts, _LEAVES[leaf]]): _turned(parts, np.asarray(value))
-          for (_, *parts, leaf), value in flat.items()}
-
-
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
-           "var": "running_var"}
-
-
-def _turned(parts: Sequence[str], value: np.ndarray) -> np.ndarray:
-  """A leaf in PyTorch's order; a halving of the small network as the convolution that it is."""
-  block = next((part for part in parts if part.startswith("down")), None)
-  if block and value.ndim == 4:
-    side = 4 if block == "down0" else 2
-    value = value.reshape(side, side, -1, value.shape[-1])
-  if value.ndim == 4:
-    return value.transpose(3, 2, 0, 1).copy()
-  return value.T.copy()
 
 
 def line(one: Mapping[str, Any]) -> str:

@@ -27,12 +27,12 @@ def convolve(
   if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(kernel.shape[:2]):
     return _convolve_tiny(x, kernel, stride, padding)
   where = {"stride": stride, "padding": padding}
-  plain = functools.partial(_convolve_plain, **where)
-  picture = stride == 2 and x.shape[-1] <= 4 and kernel.shape[0] == kernel.shape[1]
+  plain = on_cuda = functools.partial(_convolve_plain, **where)
+  if stride == 2 and x.shape[-1] <= 4 and kernel.shape[0] == kernel.shape[1] and (
+      padding[0] == padding[1]):
+    on_cuda = functools.partial(_convolve_picture, padding=padding[0])
   return jax.lax.platform_dependent(
-    x, kernel, cpu=functools.partial(_convolve_on_cpu, **where),
-    cuda=functools.partial(_convolve_picture, padding=padding[0])
-    if picture and padding[0] == padding[1] else plain, default=plain)
+    x, kernel, cpu=functools.partial(_convolve_on_cpu, **where), cuda=on_cuda, default=plain)
 
 
 def _convolve_tiny(x, kernel, stride, padding):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import pages, steps, versus_torch
+from benchmarks import pages, steps, torch_weights, versus_torch
 from medattn_jax.models.backbones.resnet_small import space_to_depth
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_a_halving_is_a_convolution_as_wide_as_its_stride(name, side):
   kernel = rng.standard_normal((1, 1, side * side * channels, 7)).astype(np.float32)
   ours = space_to_depth(x, side) @ kernel[0, 0]
   theirs = jax.lax.conv_general_dilated(
-    x, versus_torch._turned((name, "conv"), kernel), (side, side), "VALID",
+    x, torch_weights._turned((name, "conv"), kernel), (side, side), "VALID",
     dimension_numbers=("NHWC", "OIHW", "NHWC"))
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -52,8 +52,8 @@ def test_every_weight_has_a_name_and_is_felt():
   page = pages.plain(pages.adapted(pages.named("demo"), batch=1, image_size=32))
   now = steps.build(page, "c", jax.devices()[:1])
   state = jax.device_get(now.initial())
-  params, stats = (versus_torch.drawn(tree) for tree in (state.params, state.batch_stats))
-  named = versus_torch.named(page, params, stats)
+  params, stats = (torch_weights.drawn(tree) for tree in (state.params, state.batch_stats))
+  named = torch_weights.named(page, params, stats)
   leaves = jax.tree.leaves((params, stats))
   assert sum(x.size for x in named.values()) == sum(x.size for x in leaves)
   assert len(named) == len(leaves)
