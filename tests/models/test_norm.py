@@ -239,7 +239,7 @@ def test_means_after_a_1x1_convolution_are_means_before_it():
   unit = ConvBN(3, group_size=2)
   variables = unit.init(jax.random.key(0), x, True)
 
-  def mean(x):  # of the neighbours that there are; float32
+  def mean(x):  # of 3×3, with zeros beyond the edges
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     return total / np.float32(9)
 
