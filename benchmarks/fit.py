@@ -8,9 +8,10 @@ as many images a chip as the page's group of normalisation and its pairs allow, 
 accumulation. A TPU's compiler refuses what has no room; a GPU's and a CPU's do not, so there the
 program's peak must be within the memory, on a GPU less 8 % for what its compiler does not know of
 (cuDNN's workspaces, NCCL, the driver). Few batches are tried: after two of them a line through
-their peaks says where to look. Near its limit a compiler may compute things twice to save memory,
-so the largest batch need not be the fastest a image; the same holds of --remat, which searches with
-other values of phases.P.remat. Exits with 1 where not even the smallest batch has room.
+their peaks says where to look. Near its limit a compiler may compute things twice to save memory, a
+TPU's here too (a GPU's is told not to), so the largest batch need not be the fastest an image; the
+same holds of --remat, which searches with other values of phases.P.remat. Exits with 1 where not
+even the smallest batch has room.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ MARGIN = 0.08
 # Where a GPU's compiler has no GPU to try tilings of a small matrix product on, the one it assumes
 # may not fit; then these are left to cuBLAS.
 _UNTRIED = {"xla_gpu_enable_triton_gemm": False}
+# Near its memory's end a GPU's compiler computes things again, which takes it minutes and hides how
+# much is missing. Here a program keeps what it is written to keep (phases.P.remat).
+_AS_WRITTEN = {"xla_gpu_memory_limit_slop_factor": 10_000}
 _NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -148,20 +151,21 @@ def here(page: ml_collections.ConfigDict, phase: str, target: chips.Target, devi
   tried = unrun.OPTIONS if target.chip == chips.CPU else [{}, *[_UNTRIED] * target.gpu]
   for options in tried:
     try:
-      compiled = lowered.compile(compiler_options=options)
+      compiled = lowered.compile(
+        compiler_options=options | (_AS_WRITTEN if target.gpu else {}))
     except jax.errors.JaxRuntimeError as error:
       text = " ".join(str(error).split())
     else:
       found = found._replace(compiling=time.monotonic() - middle, options=options)
       if keep:
         files.write_bytes(pathlib.Path(keep), compiled.as_text().encode())
-      return _read(found, now, compiled, depth, largest, sheet)
+      return _read(found, now, lowered, compiled, depth, largest, sheet)
   if "RESOURCE_EXHAUSTED" not in text:
     raise UserError(f"target {target}: its compiler failed: {text[:400]}")
   return found._replace(compiling=time.monotonic() - middle, needs=_needed(text))
 
 
-def _read(found, now, compiled, depth, largest, sheet) -> Forecast:
+def _read(found, now, lowered, compiled, depth, largest, sheet) -> Forecast:
   text, rounds = compiled.as_text(), now.page.accumulation
   told = report.read(compiled, rounds)
   if told.cycles:  # a TPU's: what it says of a loop is said of one round
@@ -177,7 +181,7 @@ def _read(found, now, compiled, depth, largest, sheet) -> Forecast:
     hbm = accessed
   if flops is None:
     flops = _lowered_flops(now)
-  read = sum(name.startswith("state") for name in report.inputs(text))
+  read = sum(name.startswith("state") for name in report.inputs(lowered))
   found = found._replace(
     report=told, unread=found.leaves - read, needs=told.peak, flops=flops,
     accessed=accessed, hbm=hbm, cycles=told.cycles, seconds=seconds,

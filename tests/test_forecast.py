@@ -118,3 +118,17 @@ def test_a_tpu_refuses_what_has_no_room(monkeypatch):
   found = forecast.of(page(data__batch_size="60000", data__full_size="96", data__image_size="96"),
                       "frozen", target)
   assert not found.fits and found.report is None and found.needs > found.memory
+
+
+@pytest.mark.slow
+def test_a_gpus_program_keeps_what_it_is_written_to_keep():
+  """Beyond the memory too: the peak grows as the batch does."""
+  target = chips.target("h200")
+  if reason := chips.missing(target):
+    pytest.skip(reason)
+  small, large = (
+    forecast.of(page("tiny", data__batch_size=f"{images}", data__full_size="192",
+                     data__image_size="192"), "joint", target)
+    for images in (3_200, 64_000))
+  assert small.fits and not large.fits
+  assert large.needs == pytest.approx(20 * small.needs, rel=0.05)

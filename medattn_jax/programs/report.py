@@ -10,6 +10,8 @@ import collections
 import re
 from typing import Any, NamedTuple
 
+import jax
+
 from medattn_jax.programs import traffic
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -134,11 +136,15 @@ def donated(text: str) -> int:
   return len(re.findall(r"(?:may|must)-alias\)", text[: text.index("\n")]))
 
 
-def inputs(text: str) -> list[str]:
+def inputs(lowered: jax.stages.Lowered) -> list[str]:
   """The names of the arguments that a program takes; those that it never reads are not among them.
+
+  Of the program before compilation: a TPU's has more than 2,000 of them as one tuple without names.
   """
-  program, entry = traffic.parse(text)
-  return [scope(one) for one in program[entry].values() if one.kind == "parameter"]
+  module = lowered.compiler_ir().body.operations
+  (main,) = (one for one in module
+             if one.OPERATION_NAME == "func.func" and one.name.value == "main")
+  return [one.location.name_str for one in main.arguments]
 
 
 def costs(text: str, rounds: int = 1) -> list[Cost]:

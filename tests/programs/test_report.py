@@ -13,7 +13,11 @@ from medattn_jax import sharding
 from medattn_jax.programs import apart, chips, places, report, traffic
 
 
-def step(devices, rounds=1, lost=False):
+def step(*how, **more):
+  return lowered(*how, **more).compile()
+
+
+def lowered(devices, rounds=1, lost=False):
   """A layer trained by descent: its parameters, a count, and a leaf that nobody reads."""
   mesh = sharding.mesh(devices)
 
@@ -42,7 +46,7 @@ def step(devices, rounds=1, lost=False):
   batch = shaped((16 * mesh.size, 256), where=sharding.batched(mesh))
   mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(sharding.AXIS)), out_specs=P(),
                          check_vma=False)
-  return jax.jit(mapped, donate_argnums=0).lower(state, batch).compile()
+  return jax.jit(mapped, donate_argnums=0).lower(state, batch)
 
 
 def test_one_reduction_with_its_bytes_and_what_is_donated():
@@ -71,7 +75,7 @@ def test_a_donation_that_is_lost_is_seen():
 
 
 def test_what_is_never_read_is_no_input():
-  found = report.inputs(step(jax.devices()[:2]).as_text())
+  found = report.inputs(lowered(jax.devices()[:2]))
   assert sorted(found) == ["batch", "state['count']", "state['w']['bias']", "state['w']['matrix']"]
 
 
@@ -101,9 +105,10 @@ def test_the_bytes_of_all_places_are_those_of_the_program():
 
 
 def far(target, rounds=1):
-  compiled = step(chips.devices(target), rounds)
-  text = compiled.as_text()
-  return report.read(compiled, rounds), places.of(text, 3, 5, rounds), report.inputs(text)
+  found = lowered(chips.devices(target), rounds)
+  compiled = found.compile()
+  of = places.of(compiled.as_text(), 3, 5, rounds)
+  return report.read(compiled, rounds), of, report.inputs(found)
 
 
 def of_target(text, *arguments):
