@@ -126,19 +126,20 @@ def test_the_numbers_are_the_same(name, draw_variables):
       np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
 
 
-def kept(kind, size, mode, capsys):
-  """(dtype, shape) of all that a network's backward pass is handed, parameters and pictures aside:
-  by JAX. (The peak of a CPU's program does not show it: its scheduler is after parallel work.)"""
+def kept(kind, size, mode, capsys, known="from the argument"):
+  """(dtype, shape) of all that a network's backward pass is handed, parameters and pictures aside
+  and what is `known`: by JAX. (The peak of a CPU's program does not show it: its scheduler is after
+  parallel work.)"""
   net = kind(num_classes=3, group_size=2, remat=mode)
   x = np.ones((4, size, size, 3), np.float32)
   shapes = jax.eval_shape(net.init, jax.random.key(0), x)
-  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
+  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), {"batch_stats": {}, **shapes})
   own = lambda params: loss(net, x, params, zeros["batch_stats"])[0]
   jax.ad_checkpoint.print_saved_residuals(own, zeros["params"])
   lines = capsys.readouterr().out.splitlines()
   assert any("from the argument" in line for line in lines)
   found = [re.match(r"([a-z]+\d*)\[([\d,]*)\]", line) for line in lines
-           if "from the argument" not in line and "from a constant" not in line]
+           if not re.search(f"from the argument|from a constant|{known}", line)]
   return [(one[1], tuple(int(n) for n in one[2].split(",") if n)) for one in found]
 
 
@@ -157,6 +158,17 @@ def test_blocks_keep_their_inputs_alone(capsys):
   found = kept(*NETS["resnet"], "blocks", capsys)
   assert [shape for _, shape in found if len(shape) == 4] == [
     (4, 8, 8, 64), (4, 8, 8, 256), (4, 4, 4, 512)]
+
+
+@pytest.mark.parametrize("name", models.BACKBONES)
+def test_bfloat16_keeps_no_map_in_float32(name, capsys):
+  """One sum that leaves in float32 makes all that follows so, and doubles the step's bytes."""
+  kind = functools.partial(models.BACKBONES[name], dtype=jnp.bfloat16)
+  # Of a maximum that is normalised XLA computes what is left without its mean again.
+  found = kept(kind, 96, "none", capsys, known=r"output of sub .*\(conv_bn\)")
+  maps = {(dtype, shape) for dtype, shape in found
+          if len(shape) == 4 and shape[1] * shape[2] > 1 and math.prod(shape) > 1000}
+  assert {"bf16"} <= {dtype for dtype, _ in maps} and not {one for one in maps if one[0] == "f32"}
 
 
 def test_a_dense_blocks_memory_grows_as_its_layers(capsys):
