@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float
 
 from medattn_jax.models import blocks
@@ -97,12 +98,19 @@ def _convolve_on_cpu_backward(stride, padding, saved, gradient):
     padding=[(taps - 1 - around, taps - 1 - around + rest)
              for taps, around, rest in zip(kernel.shape, padding, rests, strict=False)])
   of_kernel = convolve(
-    x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), rhs_dilation=(stride, stride),
+    _turned(x, (3, 1, 2, 0)), _turned(gradient, (1, 2, 0, 3)), rhs_dilation=(stride, stride),
     padding=[(around, around - rest) for around, rest in zip(padding, rests, strict=True)])
   return of_x, of_kernel.transpose(1, 2, 0, 3)
 
 
 _convolve_on_cpu.defvjp(_convolve_on_cpu_forward, _convolve_on_cpu_backward)
+
+
+def _turned(x, axes):
+  """x.transpose(axes), of x as it lies in memory: XLA's CPU else computes features again as it turns
+  them, which it then does number by number."""
+  with set_xla_metadata(inlineable="false"):
+    return jax.jit(jnp.transpose, static_argnums=1)(x, axes)
 
 
 def _multiply(x, kernel):

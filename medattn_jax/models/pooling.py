@@ -36,16 +36,18 @@ def maximum(
     around: rows, and columns, without value before and after the picture.
   """
   around = tuple(around)
+  gathered = lambda x: _gathered(x, size, stride, around, x.shape[1:3])
   return jax.lax.platform_dependent(
-    x, cuda=lambda x: _gathered(x, size, stride, around, x.shape[1:3]),
+    x, cpu=gathered, cuda=gathered,
     default=lambda x: nn.max_pool(x, (size, size), (stride, stride), around))
 
 
 _NONE = 255  # in the place of the tap that won, where there is no window
 
 
-# XLA scatters a maximum's gradient on a GPU, at a fourth of what its memory gives: here each
-# pixel gathers from the windows that it is in, and the forward pass keeps which tap won.
+# XLA scatters a maximum's gradient, on a GPU at a fourth of what its memory gives, and a CPU needs
+# ten to thirty times as long to look for the winners: here each pixel gathers from the windows that
+# it is in, and the forward pass keeps which tap won.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gathered(x, size, stride, around, sides):
   return _gathered_forward(x, size, stride, around, sides)[0]

@@ -31,7 +31,7 @@ def test_ceil_max_pool(size, sides):
   ((8, 7), 3, 2, ((0, 1), (0, 0))), ((3, 3), 2, 2, ((0, 1), (0, 1))),
   ((6, 5), 3, 1, ((1, 1), (1, 1))), ((7, 9), 2, 3, ((0, 0), (1, 0)))])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_gpus_maxima(sides, size, stride, around, dtype):
+def test_gathered_maxima(sides, size, stride, around, dtype):
   """They, and whither their gradient goes, are linen's: of equal pixels to the first."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.integers(-3, 1, (2, *sides, 5)), dtype)
@@ -41,6 +41,13 @@ def test_a_gpus_maxima(sides, size, stride, around, dtype):
   np.testing.assert_array_equal(found, wanted)
   slope = jnp.asarray(rng.integers(-9, 9, found.shape), dtype)  # whose sums are exact
   np.testing.assert_array_equal(pull(slope)[0], wanted_pull(slope)[0])
+
+
+def test_a_cpu_looks_for_no_winner_twice():
+  """XLA's own gradient reduces each window again, to scatter: many times a step's other passes."""
+  slope = jax.jit(jax.grad(lambda x: jnp.square(pooling.maximum(x, 3)).sum()))
+  text = slope.lower(jnp.zeros((2, 9, 9, 4))).compile().as_text()
+  assert "scatter" not in text and "reduce-window" not in text
 
 
 @pytest.mark.parametrize("sides", [(14, 7), (9, 5), (4, 4), (1, 3)])
