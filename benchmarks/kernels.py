@@ -256,10 +256,10 @@ def words(row: Mapping[str, Any]) -> str:
   busy, copies = row["busy_ms"], row["copy_bytes_per_second"]
 
   def line(one, *names):
-    moved, seconds = one["moved"], one["milliseconds"] / 1000
-    rate = moved / seconds if moved is not None and seconds else None
-    return (*names, one["calls"], one["milliseconds"], 100 * one["milliseconds"] / busy,
-            None if moved is None else moved / 1e6, rate and rate / 1e9, rate and 100 * rate / copies)
+    moved, took = one["moved"], one["milliseconds"]
+    rate = 1000 * moved / took if moved is not None and took else None
+    return (*names, one["calls"], took, 100 * took / busy, None if moved is None else moved / 1e6,
+            rate and rate / 1e9, rate and 100 * rate / copies)
 
   heads = ("calls", "ms", "%", "MB", "GB/s", "% of copies")
   config = row["config"]

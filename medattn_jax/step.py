@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from medattn_jax import augment, joining, losses, sharding
+from medattn_jax import augment, joining, losses, optim, sharding
 
 # Convolutions are left to Eigen: YNNPACK runs one of up to 64 features on one core alone.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type":
@@ -179,8 +179,8 @@ def local_step(
     metrics = {
         "loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-8),
         "accuracy": sums["hits"] / images,
-        "gradient_norm": optax.tree.norm(grads),
-        "parameter_norm": optax.tree.norm(params),
+        "gradient_norm": optim.norm(grads),
+        "parameter_norm": optim.norm(params),
     }
     constants = state.constants
     if common:

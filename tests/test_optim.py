@@ -1,8 +1,10 @@
 """Schedules hit their stated points; SGD is the textbook's."""
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from medattn_jax import optim
@@ -62,6 +64,30 @@ def test_clipping_bounds_the_norm():
   built = optim.build(page(clip_norm=1.0, momentum=0.0, learning_rate=1.0))
   updates, _ = built.update({"w": jnp.array([30.0, 40.0])}, built.init({"w": jnp.ones(2)}))
   np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-5)
+
+
+def leaves():
+  """As a network has them: of a few numbers, a multiple of 256 or not, many rows of 256."""
+  shapes = {"a": (), "b": (5,), "c": (256,), "d": (3, 3, 3, 32), "e": (1, 1, 2080, 30),
+            "f": (7, 991)}
+  rng = np.random.default_rng(0)
+  return {name: jnp.asarray(rng.normal(2, 1, shape), jnp.float32)
+          for name, shape in shapes.items()}
+
+
+def test_a_gpus_norm_is_the_norm():
+  found = jax.jit(optim._norm_by_parts)(leaves())
+  np.testing.assert_allclose(found, optax.tree.norm(leaves()), rtol=1e-6)
+  assert optim._norm_by_parts({}) == optim.norm({}) == 0
+  np.testing.assert_array_equal(optim.norm(leaves()), optax.tree.norm(leaves()))
+
+
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clipping_is_optaxs(most):
+  theirs, _ = optax.clip_by_global_norm(most).update(leaves(), optax.EmptyState())
+  built = optim.build(page(clip_norm=most, momentum=0.0, learning_rate=-1.0))
+  ours, _ = built.update(leaves(), built.init(leaves()))
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_branches_of_an_earlier_phase_move_less():

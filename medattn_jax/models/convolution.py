@@ -107,8 +107,8 @@ _convolve_on_cpu.defvjp(_convolve_on_cpu_forward, _convolve_on_cpu_backward)
 
 
 def _turned(x, axes):
-  """x.transpose(axes), of x as it lies in memory: XLA's CPU else computes features again as it turns
-  them, which it then does number by number."""
+  """x.transpose(axes), of x as it lies in memory: XLA's CPU else computes features again as it
+  turns them, which it then does number by number."""
   with set_xla_metadata(inlineable="false"):
     return jax.jit(jnp.transpose, static_argnums=1)(x, axes)
 
