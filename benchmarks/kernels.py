@@ -7,8 +7,8 @@ A step runs under JAX's profiler. What each kernel took, on a CPU each operation
 instruction of the compiled program that it is of, and so to a kind and to a place in the model;
 beside it stand the bytes that the instruction moves by the program's text, and how fast that is.
 Kernels that are alike are one, under the name of the first; libraries' own within a command buffer
-say no more than their kind. On a CPU an operation's time is that of the thread which has it: what
-others help with is seen where they report it, and several run at once.
+say no more than their kind. On a CPU an operation's time is that of the thread which begins it:
+several run at once, and of a convolution, which other threads compute, hardly anything is seen.
 
 Models and batches as benchmarks.step; one device. Needs neither TensorFlow nor config pages.
 """
@@ -288,8 +288,10 @@ def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
              for one in found]
       panel.barh(names, own, left=left, height=0.6, label=kind, color=f"C{number}")
       left = [a + b for a, b in zip(left, own, strict=True)]
-    panel.vlines([one["roofline_ms"] for one in found], [i - 0.4 for i in range(len(found))],
-                 [i + 0.4 for i in range(len(found))], color="black", label="roofline")
+    ends = [[i + side for i in range(len(found))] for side in (-0.4, 0.4)]
+    panel.vlines([one["step_ms"]["min"] for one in found], *ends, color="0.5", label="the step")
+    panel.vlines([one["roofline_ms"] for one in found], *ends, color="black", linestyle="dashed",
+                 label="its roofline")
     panel.invert_yaxis()
     panel.set_xlabel(f"milliseconds of a step's kernels, {found[0]['device_kind']}")
     panel.legend(frameon=False, fontsize=8)
