@@ -85,8 +85,8 @@ def norm(tree: Any) -> jax.Array:
 _PARTS, _FEW = 256, 16
 
 
-# A leaf's sum takes a GPU two kernels, of which the second does nothing but begin and end: of the
-# hundreds of a network they are a twentieth of a step. Here all leaves have it together.
+# A leaf's sum takes a GPU two kernels, of which the second does little but begin and end, and a
+# network has hundreds of leaves. Here all have it together.
 def _norm_by_parts(tree):
   total = jnp.zeros(_PARTS)
   for leaf in jax.tree.leaves(tree):
