@@ -35,7 +35,7 @@ SIZES = {
 KINDS = ("convolution", "matrix product", "reduction", "elementwise", "copy", "collective", "other")
 # Of libraries' kernels, which bear no instruction's name.
 _LIBRARY = (
-  ("convolution", re.compile(r"fprop|dgrad|wgrad|conv|implicit")),
+  ("convolution", re.compile(r"fprop|dgrad|wgrad|conv(?!ert)|implicit")),
   ("collective", re.compile(r"nccl", re.IGNORECASE)),
   ("matrix product", re.compile(r"gemm|nvjet|cutlass|xmma")),
   ("copy", re.compile(r"memcpy|memset|transpose", re.IGNORECASE)))
@@ -100,7 +100,7 @@ def measure(model: str, flags: argparse.Namespace) -> tuple[dict[str, Any], str]
   page = pages.adapted(
     pages.named(model), batch=flags.batch or batch, image_size=flags.image_size or size,
     precision=pages.dtype_here(), accumulation=1)
-  known = ("joint",) if "joint" in page.phases else ("m", "a", "c")
+  known = pages.phases(page)
   phase = flags.phase or known[-1]
   if phase not in known:
     raise UserError(f"--phase={phase}; accepted for {model}: {', '.join(known)}")
@@ -179,21 +179,19 @@ def book(events: Iterable[Event], text: str, steps: int) -> list[Booked]:
   ran = {one.name: (inside, one) for inside, one, _ in traffic.run(program, entry, 1)}
   kernels = {re.sub(r"[.\-]", "_", name): name for name in ran}
 
-  def instruction(event):
+  def owner(event):
+    """An instruction; or a library's kernel, by its own name."""
     bare = event.name.split(" ")[0].lstrip("%")
-    for name in (bare, kernels.get(bare), event.operation):
-      if name in ran:
-        return name
-    return None
+    names = (bare, kernels.get(bare), event.operation)
+    return next((name for name in names if name in ran), event.name)
 
   found = []
-  for (name, strange), some in _by(alone(events), lambda one: (
-      instruction(one), None if instruction(one) else one.name)).items():
+  for name, some in _by(alone(events), owner).items():
     calls = len(some) / steps
     milliseconds = sum(one.length for one in some) / 1e6 / steps
-    if name is None:
-      kind = next((kind for kind, words in _LIBRARY if words.search(strange)), "other")
-      found.append(Booked(strange, kind, places.REST, "–", "", calls, milliseconds, None))
+    if name not in ran:
+      kind = next((kind for kind, words in _LIBRARY if words.search(name)), "other")
+      found.append(Booked(name, kind, places.REST, "–", "", calls, milliseconds, None))
       continue
     inside, one = ran[name]
     scope = report.scope(one, program)

@@ -76,6 +76,11 @@ def named(model: str) -> Page:
   return page
 
 
+def phases(page: Page) -> tuple[str, ...]:
+  """Those of a page that are measured: m, a and c, or the one that learns from nothing."""
+  return ("joint",) if "joint" in page.phases else ("m", "a", "c")
+
+
 def shape(model: str, size: str) -> tuple[int, int | None]:
   """(batch of a device, pixels a side) for a model at a benchmark's size."""
   return SHAPES[size].get(model.partition(":")[0], (8, None))

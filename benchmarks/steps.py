@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks import pages
 from benchmarks.rows import rounded
 from medattn_jax import experiment as experiments
 from medattn_jax import heap, models
@@ -45,7 +46,7 @@ def devices(asked: str | None) -> list[int]:
 def build(page: Any, phase: str | None, devices: Sequence[Any] | None = None) -> Experiment:
   """The phase of a page (the last, or the only one that learns from nothing), on devices."""
   if phase is None:
-    phase = "joint" if "joint" in page.phases else experiments.phases(page)[-1]
+    phase = pages.phases(page)[-1]
   return experiments.build(page, phase, devices)
 
 

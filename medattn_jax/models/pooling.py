@@ -72,9 +72,9 @@ def _gathered_forward(x, size, stride, around, sides):
 def _gathered_backward(size, stride, around, sides, which, gradient):
   dtype = gradient.dtype
   windows = -(-size // stride)  # along an axis, that a pixel may be in
-  blocks = [-(-(side + sum(own)) // stride) for side, own in zip(sides, around, strict=True)]
+  grid = [-(-(side + sum(own)) // stride) for side, own in zip(sides, around, strict=True)]
   wide = [(0, 0), *((windows - 1, max(0, count - side))
-                    for count, side in zip(blocks, which.shape[1:3], strict=True)), (0, 0)]
+                    for count, side in zip(grid, which.shape[1:3], strict=True)), (0, 0)]
   if windows > 1 and dtype == jnp.bfloat16:
     # A winner in one word with its gradient, in memory: a GPU reckons longer than it reads here.
     word = jax.lax.bitcast_convert_type(gradient, jnp.uint16).astype(jnp.uint32)
@@ -85,14 +85,14 @@ def _gathered_backward(size, stride, around, sides, which, gradient):
     which, gradient = jnp.pad(which, wide, constant_values=_NONE), jnp.pad(gradient, wide)
   place = np.arange(stride)
   total = 0
-  for down, across in np.ndindex(windows, windows):  # [b, blocks, stride, blocks, stride, c]
+  for down, across in np.ndindex(windows, windows):  # [b, grid, stride, grid, stride, c]
     row, column = place[:, None] + down * stride, place + across * stride
     tap = np.where(np.maximum(row, column) < size, row * size + column, _NONE - 1)
     first = (windows - 1 - down, windows - 1 - across)
-    seen = (slice(None), *(slice(a, a + b) for a, b in zip(first, blocks, strict=True)))
+    seen = (slice(None), *(slice(a, a + b) for a, b in zip(first, grid, strict=True)))
     mine = which[seen][:, :, None, :, None] == tap.astype(which.dtype)[:, None, :, None]
     total += jnp.where(mine, gradient[seen][:, :, None, :, None], 0)
-  pixels = total.astype(dtype).reshape(len(total), blocks[0] * stride, blocks[1] * stride, -1)
+  pixels = total.astype(dtype).reshape(len(total), grid[0] * stride, grid[1] * stride, -1)
   (top, _), (left, _) = around
   return (pixels[:, top:top + sides[0], left:left + sides[1]],)
 

@@ -126,10 +126,12 @@ def test_the_numbers_are_the_same(name, draw_variables):
       np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
 
 
-def kept(kind, size, mode, capsys, known="from the argument"):
-  """(dtype, shape) of all that a network's backward pass is handed, parameters and pictures aside
-  and what is `known`: by JAX. (The peak of a CPU's program does not show it: its scheduler is after
-  parallel work.)"""
+GIVEN = "from the argument|from a constant"  # parameters, pictures
+
+
+def kept(kind, size, mode, capsys, aside=GIVEN):
+  """(dtype, shape) of all that a network's backward pass is handed but what is `aside`: by JAX.
+  (The peak of a CPU's program does not show it: its scheduler is after parallel work.)"""
   net = kind(num_classes=3, group_size=2, remat=mode)
   x = np.ones((4, size, size, 3), np.float32)
   shapes = jax.eval_shape(net.init, jax.random.key(0), x)
@@ -139,7 +141,7 @@ def kept(kind, size, mode, capsys, known="from the argument"):
   lines = capsys.readouterr().out.splitlines()
   assert any("from the argument" in line for line in lines)
   found = [re.match(r"([a-z]+\d*)\[([\d,]*)\]", line) for line in lines
-           if not re.search(f"from the argument|from a constant|{known}", line)]
+           if not re.search(aside, line)]
   return [(one[1], tuple(int(n) for n in one[2].split(",") if n)) for one in found]
 
 
@@ -165,7 +167,7 @@ def test_bfloat16_keeps_no_map_in_float32(name, capsys):
   """One sum that leaves in float32 makes all that follows so, and doubles the step's bytes."""
   kind = functools.partial(models.BACKBONES[name], dtype=jnp.bfloat16)
   # Of a maximum that is normalised XLA computes what is left without its mean again.
-  found = kept(kind, 96, "none", capsys, known=r"output of sub .*\(conv_bn\)")
+  found = kept(kind, 96, "none", capsys, rf"{GIVEN}|output of sub .*\(conv_bn\)")
   maps = {(dtype, shape) for dtype, shape in found
           if len(shape) == 4 and shape[1] * shape[2] > 1 and math.prod(shape) > 1000}
   assert {"bf16"} <= {dtype for dtype, _ in maps} and not {one for one in maps if one[0] == "f32"}
