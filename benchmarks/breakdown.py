@@ -91,9 +91,10 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   programs["optimiser"] = {"whole": prepared(*optimiser(now, start))}
   if count > 1:
     programs["all-reduce"] = {"whole": prepared(*joined(now, start))}
-  whole_step = steps.compiled(now.lower_train_step)
-  programs["whole"] = {"whole": (steps.Running(
-    whole_step[1], sharded(now, start), now.put_train([host])), *whole_step)}
+  compiled, seconds = steps.compiled(now.lower_train_step)
+  programs["whole"] = {"whole": (
+    steps.Running(compiled, sharded(now, start), now.put_train([host])),
+    steps.counted(now.lower_train_step()), compiled, seconds)}
 
   times = {(name, kind): [] for name, kinds in programs.items() for kind in kinds}
   for kinds in programs.values():
@@ -108,7 +109,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   found, total = [], 0.0
   for name, kinds in programs.items():
     kind = "whole" if "whole" in kinds else "forward"
-    _, lowered, compiled, seconds = kinds[kind]
+    _, operations, compiled, seconds = kinds[kind]
     milliseconds = times[name, kind]
     if name == "whole":
       found.append(rows.row(
@@ -119,7 +120,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     found.append(rows.row(
       "breakdown", config={**pages.describe(page, flags.phase), "part": name},
       compile_seconds=seconds, milliseconds=milliseconds, images=now.images,
-      flops=steps.counted(lowered), memory=report.read(compiled).peak, **shared,
+      flops=operations, memory=report.read(compiled).peak, **shared,
       forward_ms=rows.rounded(min(times[name, "forward"])) if "forward" in kinds else None))
   whole = found[-1]["step_ms"]["min"]
   for one in found:
@@ -128,14 +129,14 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def prepared(function: Callable, given: Any, state: Any = ()) -> tuple:
-  """(running, lowered, compiled, seconds) of function(state, given) → (state, answer)."""
+  """(running, operations, compiled, seconds) of function(state, given) → (state, answer)."""
   import jax
 
   from benchmarks import steps
 
-  lowered, compiled, seconds = steps.compiled(
-    lambda: jax.jit(function, donate_argnums=0).lower(state, given))
-  return steps.Running(compiled, state, given), lowered, compiled, seconds
+  lower = lambda: jax.jit(function, donate_argnums=0).lower(state, given)
+  compiled, seconds = steps.compiled(lower)
+  return steps.Running(compiled, state, given), steps.counted(lower()), compiled, seconds
 
 
 def parts(now: Any, state: Any, image: Any) -> list[Part]:

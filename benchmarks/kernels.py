@@ -8,7 +8,8 @@ instruction of the compiled program that it is of, and so to a kind and to a pla
 beside it stand the bytes that the instruction moves by the program's text, and how fast that is.
 Kernels that are alike are one, under the name of the first; libraries' own within a command buffer
 say no more than their kind. On a CPU an operation's time is that of the thread which begins it:
-several run at once, and of a convolution, which other threads compute, hardly anything is seen.
+several run at once, and of XLA's own convolutions, which other threads compute, hardly anything is
+seen (but most are oneDNN's, see medattn_jax/onednn.py).
 
 Models and batches as benchmarks.step; one device. Needs neither TensorFlow nor config pages.
 """
@@ -107,7 +108,7 @@ def measure(model: str, flags: argparse.Namespace) -> tuple[dict[str, Any], str]
   now = steps.build(page, phase, jax.devices()[:1])
   spread = parallel.spread(now, "shard_map")
   state, given = spread.state(jax.device_get(now.initial())), spread.batch(steps.host_batches(now))
-  _, compiled, seconds = steps.compiled(lambda: spread.step.lower(state, given))
+  compiled, seconds = steps.compiled(lambda: spread.step.lower(state, given))
   running = steps.Running(compiled, state, given)
   running.run(2)
   times = [running.run(flags.steps) for _ in range(3)]
@@ -182,7 +183,8 @@ def book(events: Iterable[Event], text: str, steps: int) -> list[Booked]:
   def owner(event):
     """An instruction; or a library's kernel, by its own name."""
     bare = event.name.split(" ")[0].lstrip("%")
-    names = (bare, kernels.get(bare), event.operation)
+    # (What XLA's CPU does by a library of its own has its name behind the instruction's.)
+    names = (bare, kernels.get(bare), event.operation, bare.partition("__")[0])
     return next((name for name in names if name in ran), event.name)
 
   found = []

@@ -108,7 +108,7 @@ def one_of(page: pages.Page, count: int, flags: argparse.Namespace) -> dict[str,
 
   now = steps.build(page, flags.phase, jax.devices()[:count])
   timed = jax.devices()[0].platform != "cpu"
-  _, compiled, seconds = steps.compiled(now.lower_train_step, run=timed)
+  compiled, seconds = steps.compiled(now.lower_train_step, run=timed)
   read, times = report.read(compiled), []
   if timed:
     running = steps.Running(compiled, now.initial(), now.put_train(steps.host_batches(now)))

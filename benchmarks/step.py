@@ -95,7 +95,8 @@ def measure(
   for way in flags.parallel.split(","):
     spread = parallel.spread(now, way)
     state, batch = spread.state(start), spread.batch(batches)
-    _, compiled, seconds = steps.compiled(lambda: spread.step.lower(state, batch))  # noqa: B023
+    compiled, seconds = steps.compiled(
+      lambda: spread.step.lower(state, batch), alone=way != "jit")  # noqa: B023
     programs[way] = (compiled, seconds)
     running[way] = steps.Running(compiled, state, batch)
     running[way].run(2)

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import pages
 from benchmarks.rows import rounded
 from medattn_jax import experiment as experiments
-from medattn_jax import heap, models
+from medattn_jax import heap, models, onednn
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
 from medattn_jax.programs import ceilings, chips, traffic, unrun
@@ -84,13 +84,17 @@ class Running:
 
 
 def compiled(
-  lower: Callable[[], jax.stages.Lowered], run: bool = True
-) -> tuple[Any, Any, float]:
-  """(lowered, compiled, the seconds that both took); with `run` False a CPU's, only to be read."""
+  lower: Callable[[], jax.stages.Lowered], run: bool = True, alone: bool = True
+) -> tuple[Any, float]:
+  """(compiled, the seconds that it took with tracing); with `run` False a CPU's only to be read.
+
+  With `alone` False XLA shares out what devices do: it cannot share out a call of oneDNN.
+  """
   begin = time.perf_counter()
-  lowered = lower()
-  program = lowered.compile() if run else unrun.compiled(lowered)
-  return lowered, program, time.perf_counter() - begin
+  with onednn.used(jax.default_backend() if run and alone else ""):
+    lowered = lower()
+    program = lowered.compile() if run else unrun.compiled(lowered)
+  return program, time.perf_counter() - begin
 
 
 def _host_cpu() -> list[Any]:
@@ -107,7 +111,10 @@ def _host_cpu() -> list[Any]:
 
 
 def counted(lowered: jax.stages.Lowered) -> float | None:
-  """Floating point operations by XLA's count; None on a GPU or TPU, whose plug-in counts none."""
+  """Floating point operations by XLA's count; None on a GPU or TPU, whose plug-in counts none.
+
+  What is lowered to be run on a CPU may call oneDNN, of which XLA counts nothing (see `compiled`).
+  """
   return (lowered.cost_analysis() or {}).get("flops")
 
 

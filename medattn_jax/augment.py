@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
+from medattn_jax import apart
+
 # Whether rows are flipped, columns are, and then both are exchanged. The first changes nothing.
 VIEWS = np.array([(rows, columns, transpose) for transpose in (False, True)
                   for rows in (False, True) for columns in (False, True)])
@@ -86,8 +88,9 @@ def move(images: Num[Array, "n s s c"], drawn: Draw | None) -> Num[Array, "n s s
 
 def dihedral(images: Num[Array, "n s s c"], flips: Bool[Array, "n 3"]) -> Num[Array, "n s s c"]:
   """Flips rows, then columns, then transposes, each where its bit is set. Squares only."""
-  # A loop of its own on a CPU: XLA would else make the choice anew for each use of a pixel.
-  return jax.lax.platform_dependent(images, flips, cpu=_one_by_one, default=_at_once)
+  # XLA's CPU would else make the choice anew for each use of a pixel.
+  return jax.lax.platform_dependent(
+    images, flips, cpu=functools.partial(apart.call, _at_once), default=_at_once)
 
 
 def _at_once(images, flips):
@@ -95,17 +98,6 @@ def _at_once(images, flips):
   images = jnp.where(rows, images[:, ::-1], images)
   images = jnp.where(columns, images[:, :, ::-1], images)
   return jnp.where(transpose, images.swapaxes(1, 2), images)
-
-
-def _one_by_one(images, flips):
-  def view(rows, columns, transpose, image):
-    image = image[::-1] if rows else image
-    image = image[:, ::-1] if columns else image
-    return image.swapaxes(0, 1) if transpose else image
-
-  ways = [functools.partial(view, *way) for way in VIEWS]
-  number = flips @ jnp.array([2, 1, 4])  # of the way in VIEWS
-  return jax.lax.map(lambda one: jax.lax.switch(one[1], ways, one[0]), (images, number))
 
 
 def _shifted(image, offset):

@@ -7,7 +7,9 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from medattn_jax import heap
+import jax
+
+from medattn_jax import heap, onednn
 from medattn_jax.experiment import Experiment
 
 WORKERS = 2  # XLA compiles most of a program on one core
@@ -59,11 +61,13 @@ class Compiling:
 
   def _train_step(self, now: Experiment) -> Compiled:
     start = time.monotonic()
-    with self._tracing:
-      lowered = now.lower_train_step()
-    return Compiled(lowered.compile(), time.monotonic() - start)
+    with onednn.used(jax.default_backend()):
+      with self._tracing:
+        lowered = now.lower_train_step()
+      return Compiled(lowered.compile(), time.monotonic() - start)
 
   def _eval_step(self, now: Experiment) -> None:
     with self._tracing:
       lowered = now.lower_eval_step()
-    lowered.compile()
+    with onednn.storing():
+      lowered.compile()

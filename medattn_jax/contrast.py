@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from medattn_jax import onednn
+
+_exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 def cells(width: float) -> int:
   """Side of the grid that carries local means of standard deviation `width` (share of a side)."""
@@ -49,14 +53,18 @@ def subtract_crops(
   """The same for k crops of each photograph, whose (row, column) corners are in `full_size`."""
   weights = jnp.asarray(_bilinear(means.shape[1], full_size))
   side = crops.shape[2]
-
-  def one(crop, mean, corner):
-    rows, columns = (
-        jax.lax.dynamic_slice_in_dim(weights, corner[axis], side) for axis in range(2)
-    )
-    return _stretch(crop, _both_sides(rows, mean[None], columns)[0], gain)
-
-  return jax.vmap(jax.vmap(one, (0, None, 0)))(crops, means, corners)
+  cut = jax.vmap(jax.vmap(lambda first: jax.lax.dynamic_slice_in_dim(weights, first, side)))
+  rows, columns = cut(corners[..., 0]), cut(corners[..., 1])
+  half = _exact("nkgs,nstc->nkgtc", rows, means)
+  *_, places, channels = half.shape
+  if onednn.takes(half.size * side, half.dtype):
+    count = half.shape[:2]
+    wide = half.swapaxes(3, 4).reshape(*count, side * channels, places)
+    own = onednn.multiply(wide, columns, (False, True))
+    own = own.reshape(*count, side, channels, side).swapaxes(3, 4)
+  else:
+    own = _exact("nkht,nkgtc->nkghc", columns, half)
+  return _stretch(crops, own, gain)
 
 
 def _stretch(image, means, gain):
@@ -65,9 +73,8 @@ def _stretch(image, means, gain):
 
 def _both_sides(rows, image, columns):
   """rows · image · columnsᵀ for each image and channel, float32."""
-  exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-  half = exact("gs,nstc->ngtc", jnp.asarray(rows), image.astype(jnp.float32))
-  return exact("ht,ngtc->nghc", jnp.asarray(columns), half)
+  half = _exact("gs,nstc->ngtc", jnp.asarray(rows), image.astype(jnp.float32))
+  return _exact("ht,ngtc->nghc", jnp.asarray(columns), half)
 
 
 @functools.cache

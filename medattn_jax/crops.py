@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
+from medattn_jax import apart
 from medattn_jax.errors import UserError
 
 Array = jax.Array | np.ndarray
@@ -94,12 +95,9 @@ def small_view(
   def by_taps(images):
     return columns_by_taps(rows_by_taps(images))
 
-  def one_by_one(images):
-    # In loops of their own: XLA's CPU would else compute the rows anew for each tap of a column,
-    # and all for each use of the view.
-    if not isinstance(count, int):  # exported for any number of images: no loop has so many rounds
-      return by_taps(images)
-    return jax.lax.map(lambda rows: columns_by_taps(rows)[0], jax.lax.map(rows_by_taps, images))
+  def in_two(images):
+    # XLA's CPU would else compute the rows anew for each tap of a column, and all for each use.
+    return apart.call(columns_by_taps, apart.call(rows_by_taps, images))
 
   count, height, width, channels = images.shape
   if height == width == size:
@@ -107,7 +105,7 @@ def small_view(
   shape = (count, size, size, channels)
   down, across = _resize_weights(height, size), _resize_weights(width, size) / np.float32(255)
   return jax.lax.platform_dependent(
-    images, tpu=by_matrix, cpu=one_by_one, default=by_taps).astype(dtype)
+    images, tpu=by_matrix, cpu=in_two, default=by_taps).astype(dtype)
 
 
 def _bilinear(x: Float[Array, "b cells m"], size: int) -> Float[Array, "b size m"]:

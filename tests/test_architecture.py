@@ -21,7 +21,8 @@ NAME = "medattn_jax"
 # From the ground up. A module imports from the floors below its own, and never from its own floor
 # unless that floor is one of SHARED. A folder (models, data, analysis, programs) is one piece.
 FLOORS = (
-  {"errors", "console", "files", "manifest", "arrays", "signals", "processes", "heap"},
+  {"errors", "console", "files", "manifest", "arrays", "signals", "processes", "heap",
+   "onednn", "apart"},
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "joining", "initial",
    "checkpoint", "config", "workdir"},
   {"models", "data", "analysis", "programs"},

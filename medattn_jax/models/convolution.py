@@ -8,9 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float
 
+from medattn_jax import apart, onednn
 from medattn_jax.models import blocks
 
 
@@ -24,7 +24,8 @@ def convolve(
       # Held apart: a GPU's compiler fails where it fuses this and what is computed twice (see
       # `remat`) to the product.
       x = jax.lax.optimization_barrier(x[:, ::stride, ::stride])
-    return jax.lax.platform_dependent(x, kernel[0, 0], tpu=_convolve_point, default=_multiply)
+    return jax.lax.platform_dependent(
+      x, kernel[0, 0], tpu=_convolve_point, cpu=_multiply_on_cpu, default=_multiply)
   if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(kernel.shape[:2]):
     return _convolve_tiny(x, kernel, stride, padding)
   where = {"stride": stride, "padding": padding}
@@ -76,11 +77,12 @@ def _convolve_picture(x, kernel, padding):
 # its axes lie otherwise than in a forward pass, as JAX's own gradients have them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_on_cpu(x, kernel, stride, padding):
-  return _convolve_plain(x, kernel, stride, padding)
+  y = onednn.convolve(x[:, None], kernel, stride, [(around, around) for around in padding])
+  return _convolve_plain(x, kernel, stride, padding) if y is None else y[:, 0]
 
 
 def _convolve_on_cpu_forward(x, kernel, stride, padding):
-  return _convolve_plain(x, kernel, stride, padding), (x, kernel)
+  return _convolve_on_cpu(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolve_on_cpu_backward(stride, padding, saved, gradient):
@@ -90,16 +92,28 @@ def _convolve_on_cpu_backward(stride, padding, saved, gradient):
   rests = [side + 2 * around - taps - stride * (out - 1)  # rows, columns that no window reaches
            for side, around, taps, out in zip(
              x.shape[1:3], padding, kernel.shape, gradient.shape[1:3], strict=False)]
+  around_x = [(taps - 1 - around, taps - 1 - around + rest)
+              for taps, around, rest in zip(kernel.shape, padding, rests, strict=False)]
+  around_kernel = [(around, around - rest) for around, rest in zip(padding, rests, strict=True)]
+  turned_kernel = kernel[::-1, ::-1].swapaxes(2, 3)
   convolve = functools.partial(
     jax.lax.conv_general_dilated, window_strides=(1, 1),
     dimension_numbers=("NHWC", "HWIO", "NHWC"))
-  of_x = convolve(
-    gradient, kernel[::-1, ::-1].swapaxes(2, 3), lhs_dilation=(stride, stride),
-    padding=[(taps - 1 - around, taps - 1 - around + rest)
-             for taps, around, rest in zip(kernel.shape, padding, rests, strict=False)])
+  same = gradient[:, None]  # the same for both: in two shapes XLA would compute it twice
+  of_x = onednn.convolve(same, turned_kernel, 1, around_x) if stride == 1 else None
+  if of_x is None:
+    of_x = convolve(gradient, turned_kernel, lhs_dilation=(stride, stride), padding=around_x)
+  else:
+    of_x = of_x[:, 0]
+  if onednn.takes(math.prod(gradient.shape[:3]) * kernel.size, x.dtype):
+    within = [slice(side + min(0, behind))
+              for side, (_, behind) in zip(x.shape[1:3], around_kernel, strict=True)]
+    return of_x, onednn.kernel_gradient(
+      _turned(x[:, *within], (1, 2, 3, 0)), same, stride,
+      [(before, max(0, behind)) for before, behind in around_kernel])
   of_kernel = convolve(
-    _turned(x, (3, 1, 2, 0)), _turned(gradient, (1, 2, 0, 3)), rhs_dilation=(stride, stride),
-    padding=[(around, around - rest) for around, rest in zip(padding, rests, strict=True)])
+    _turned(x, (3, 1, 2, 0)), _turned(gradient, (1, 2, 0, 3)),
+    rhs_dilation=(stride, stride), padding=around_kernel)
   return of_x, of_kernel.transpose(1, 2, 0, 3)
 
 
@@ -107,15 +121,36 @@ _convolve_on_cpu.defvjp(_convolve_on_cpu_forward, _convolve_on_cpu_backward)
 
 
 def _turned(x, axes):
-  """x.transpose(axes), of x as it lies in memory: XLA's CPU else computes features again as it
-  turns them, which it then does number by number."""
-  with set_xla_metadata(inlineable="false"):
-    return jax.jit(jnp.transpose, static_argnums=1)(x, axes)
+  return apart.call(functools.partial(jnp.transpose, axes=axes), x)
 
 
 def _multiply(x, kernel):
   """1×1 as a matrix: the kernel's gradient then contracts one axis, 20× faster on a CPU."""
   return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _multiply_on_cpu(x, kernel):
+  if not onednn.takes(x.size * kernel.shape[1], x.dtype):
+    return _multiply(x, kernel)
+  return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+  return onednn.multiply(x, kernel)
+
+
+def _product_forward(x, kernel):
+  return onednn.multiply(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, gradient):
+  x, kernel = saved
+  return (onednn.multiply(gradient, kernel, (False, True)),
+          onednn.multiply(x, gradient, (True, False)))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _convolve_point(x, kernel):

@@ -249,7 +249,12 @@ def _backward(epsilon, count, relu, saved, cotangents):
 
   gradient, centred = read(x, cotangents[0])
   along_one = _total(gradient, inside, len(scale))
-  along_unit = inverse * _total(gradient * centred, inside, len(scale))
+  # (XLA's CPU would write the centred numbers for it.)
+  along_unit = inverse * jax.lax.platform_dependent(
+    gradient, x, centred,
+    cpu=lambda gradient, x, _: (
+      _total(gradient * x.astype(jnp.float32), inside, len(scale)) - mean * along_one),
+    default=lambda gradient, _, centred: _total(gradient * centred, inside, len(scale)))
   if relu:
     # Computed anew: a GPU's compiler would write what ReLU lets through, to read it twice.
     again = jax.lax.platform_dependent(

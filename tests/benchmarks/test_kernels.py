@@ -70,3 +70,12 @@ def test_a_gpus_kernels_bear_their_instructions_names():
     ("collective", 1, 0.5), ("other", 0.5, 0.5)]
   assert found[0].name == fusion and found[0].moved == 2 * 4 * 64 * 64
   assert {one.moved for one in found[1:]} == {None}
+
+
+def test_a_library_within_xla_has_its_name_behind_the_instructions():
+  text = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jnp.ones((64, 64))).compile().as_text()
+  program, entry = traffic.parse(text)
+  (fusion,) = (one.name for _, one, _ in traffic.run(program, entry, 1) if one.kind == "fusion")
+  (found,) = kernels.book(
+    [Event("a thread", f"{fusion}__onednn$matmul", f"{fusion}__onednn$matmul", 0, 2e6)], text, 2)
+  assert (found.name, found.kind, found.milliseconds) == (fusion, "elementwise", 1)

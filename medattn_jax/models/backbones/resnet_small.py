@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from medattn_jax import apart
 from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import scaled
 from medattn_jax.models.norm import Array, ConvBN
@@ -32,13 +33,10 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(
       batch, height // block, width // block, block * block * channels)
 
-  def one_by_one(x):
-    # In a loop of its own: XLA's CPU would else shade a picture number by number as it is folded.
-    return jax.lax.map(lambda image: folded(image[None])[0], x)
-
-  if x.shape[-1] > 3 or not isinstance(x.shape[0], int):  # exported for any number of images
+  if x.shape[-1] > 3:
     return folded(x)
-  return jax.lax.platform_dependent(x, cpu=one_by_one, default=folded)
+  return jax.lax.platform_dependent(
+    x, cpu=functools.partial(apart.call, folded), default=folded)
 
 
 class ResNetSmall(nn.Module):

@@ -1,0 +1,188 @@
+"""On a CPU oneDNN convolves and multiplies: jaxlib has it, and it takes a quarter to a half less.
+
+XLA's passes never call it in JAX's build, but what comes after them can. So its calls are made
+here, in the words of those passes. XLA promises nothing of these, and ends the process where it
+cannot read them: they are made with jaxlibs that were tried, on processors for which all that is
+asked of oneDNN is fast. Everywhere else XLA's own convolutions and products stay.
+
+XLA cannot store a program that has such a call: it must not come into JAX's compilation cache. So
+only what is traced and compiled within `used` has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+from jaxtyping import Float
+
+JAXLIBS = ("0.10.0", "0.10.1", "0.10.2", "0.11.0", "0.11.1", "0.11.2", "0.12.0",
+           "0.12.0.1")  # tried
+CPUINFO = pathlib.Path("/proc/cpuinfo")
+_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # without, some calls are 1000× slower
+_WORTH = 2**23  # multiplications; below, a call costs as much as it saves
+_TINY = 6  # rows or columns that a convolution gives; below, XLA's is the faster one
+_SMALL, _WIDE, _TOGETHER = 16**2, 128, 16  # pixels, channels, images of a kernel's gradient
+_LEAST = "jax_persistent_cache_min_compile_time_secs"  # below, JAX stores no program
+
+_storing = threading.Lock()
+_here = threading.local()
+_made = threading.Event()  # once a call was made, here or in a trace that JAX remembers
+
+
+@functools.cache
+def available() -> bool:
+  """Whether this process may call oneDNN."""
+  if (jaxlib.__version__ not in JAXLIBS or platform.system() != "Linux"
+      or "ONEDNN_MAX_CPU_ISA" in os.environ):
+    return False
+  lines = CPUINFO.read_text().splitlines()
+  flags = next((line for line in lines if line.startswith("flags")), "")
+  return platform.machine() == "x86_64" and set(flags.split()) >= _NEEDED
+
+
+@contextlib.contextmanager
+def used(where: str) -> Iterator[None]:
+  """What this thread traces within for the CPU calls oneDNN; it has to be compiled within, too.
+
+  From the first call on no thread's program is stored: what is to be waits in `storing`.
+
+  Args:
+    where: the platform that is compiled for; on all but "cpu" nothing changes.
+  """
+  if where != "cpu" or not available():
+    yield
+    return
+  with contextlib.ExitStack() as until, jax.default_matmul_precision("float32"):
+    # (By a precision that a CPU has anyway JAX tells what is traced here from what is not.)
+    _here.until, _here.unstored = until, False
+    if _made.is_set():
+      _store_nothing()
+    try:
+      yield
+    finally:
+      _here.until = None
+
+
+def _store_nothing() -> None:
+  """Until the thread leaves `used`."""
+  if not _here.unstored:
+    _here.until.enter_context(_unstored())
+    _here.unstored = True
+
+
+@contextlib.contextmanager
+def _unstored() -> Iterator[None]:
+  with _storing:
+    least = getattr(jax.config, _LEAST)
+    jax.config.update(_LEAST, math.inf)
+    try:
+      yield
+    finally:
+      jax.config.update(_LEAST, least)
+
+
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+  """What is compiled within comes into JAX's cache, whatever other threads do."""
+  with _storing:
+    yield
+
+
+def takes(products: int, dtype: Any) -> bool:
+  """Whether oneDNN is to do so many multiplications of this dtype."""
+  return _in_use() and dtype == "float32" and products >= _WORTH
+
+
+def _in_use() -> bool:
+  return getattr(_here, "until", None) is not None
+
+
+def convolve(
+  x: Float[jax.Array, "b 1 h w c"], kernel: Float[jax.Array, "k l c d"], stride: int,
+  padding: Sequence[tuple[int, int]],
+) -> Float[jax.Array, "b 1 h2 w2 d"] | None:
+  """The convolution of x with so many rows, and columns, of zeros before and behind it.
+
+  None where XLA's own is to be taken.
+  """
+  if not _in_use():
+    return None
+  sides = [(side + sum(around) - taps) // stride + 1
+           for side, around, taps in zip(x.shape[2:4], padding, kernel.shape, strict=False)]
+  if min(sides) < _TINY or not takes(
+      len(x) * math.prod(sides) * kernel.size, x.dtype):
+    return None
+  return _convolution(
+    x, (0, 4, 1, 2, 3), kernel[None], (3, 4, 0, 1, 2), [(0, 0), *padding],
+    {"strides": [1, stride, stride], "window_dilations": [1] * 3},
+    (len(x), 1, *sides, kernel.shape[-1]))
+
+
+def kernel_gradient(
+  x: Float[jax.Array, "h w c b"], gradient: Float[jax.Array, "b 1 h2 w2 d"], stride: int,
+  padding: Sequence[tuple[int, int]],
+) -> Float[jax.Array, "k l c d"]:
+  """Of a convolution's kernel, of its features turned and its output's gradient.
+
+  A convolution in three dimensions, rows, columns and channels, the gradient its kernel and the
+  batch what is summed over: so oneDNN has full rows of channels to multiply.
+  """
+  *sides, channels, batch = x.shape
+  if math.prod(sides) <= _SMALL and channels < _WIDE and batch > _TOGETHER:
+    # All at once such features are read from the third cache, again for each tap.
+    parts = range(0, batch, _TOGETHER)
+    return sum(kernel_gradient(x[..., part:part + _TOGETHER], gradient[part:part + _TOGETHER],
+                               stride, padding) for part in parts)
+  taps = [side + sum(around) - stride * (out - 1) for side, around, out in zip(
+    sides, padding, gradient.shape[2:4], strict=True)]
+  return _convolution(
+    x[None], (0, 4, 1, 2, 3), gradient, (0, 4, 2, 3, 1), [*padding, (0, 0)],
+    {"strides": [1] * 3, "window_dilations": [stride, stride, 1]},
+    (1, *taps, channels, gradient.shape[-1]))[0]
+
+
+def _convolution(x, axes, kernel, kernel_axes, padding, window, shape):
+  """Axes: of batch and features, or of features in and out; then those of space."""
+
+  def data(batch, feature, *space):
+    return {"dims": x.ndim, "data": {
+      "batch_dim": batch, "feature_dim": feature, "spatial_dims": space}}
+
+  inside, outside, *space = kernel_axes
+  before, behind = zip(*padding, strict=True)
+  return _call("convolution", "conv", {
+    "dims": x.ndim, "feature_groups": 1, "input": data(*axes), "output": data(*axes),
+    "kernel": {"dims": x.ndim, "filter": {
+      "input_feature_dim": inside, "output_feature_dim": outside, "spatial_dims": space}},
+    "window": {"pad_left": before, "pad_right": behind, **window}}, shape, x, kernel)
+
+
+def multiply(
+  a: Float[jax.Array, "*batch m k"], b: Float[jax.Array, "*batch k n"],
+  turned: tuple[bool, bool] = (False, False),
+) -> Float[jax.Array, "*batch m n"]:
+  """a @ b; either may be given turned, as [k, m] or [n, k]."""
+  shape = (*a.shape[:-2], a.shape[-1 if turned[0] else -2], b.shape[-2 if turned[1] else -1])
+  words = {"transpose_a": turned[0], "transpose_b": turned[1]}
+  return _call("matmul", "matmul", words, shape, a, b)
+
+
+def _call(target, config, words, shape, *arrays):
+  """Version 2 of XLA's calls is the one whose words are a string."""
+  _made.set()
+  _store_nothing()
+  call = jax.ffi.ffi_call(
+    f"__onednn${target}", jax.ShapeDtypeStruct(shape, arrays[0].dtype), custom_call_api_version=2,
+    legacy_backend_config=json.dumps({f"onednn_{config}_config": words}))
+  return call(*arrays)
