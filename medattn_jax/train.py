@@ -254,7 +254,10 @@ def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
 
 
 def keep_compiled(folder: pathlib.Path) -> None:
-  """Compiled programs of this run are kept in its workdir: a second start compiles nothing."""
+  """Compiled programs of this run are kept in its workdir: a second start does not compile them.
+
+  But for a CPU's train step that calls oneDNN (see `onednn`).
+  """
   jax.config.update("jax_compilation_cache_dir", str(folder))
   if jax.default_backend() != "gpu":
     # XLA's cache of kernels, which GPUs alone have: with it each key would hold the folder's name,
