@@ -91,9 +91,12 @@ def compiled(
   With `alone` False XLA shares out what devices do: it cannot share out a call of oneDNN.
   """
   begin = time.perf_counter()
-  with onednn.used(jax.default_backend() if run and alone else ""):
-    lowered = lower()
-    program = lowered.compile() if run else unrun.compiled(lowered)
+  if not run:
+    program = unrun.compiled(lower())
+  elif alone and jax.default_backend() == "cpu":
+    program = onednn.compiled(lower)
+  else:
+    program = lower().compile()
   return program, time.perf_counter() - begin
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax
 from medattn_jax import heap, onednn
 from medattn_jax.experiment import Experiment
 
+_LARGE = 2**18  # pixels of a device's small batch
 WORKERS = 2  # XLA compiles most of a program on one core
 
 
@@ -61,13 +63,28 @@ class Compiling:
 
   def _train_step(self, now: Experiment) -> Compiled:
     start = time.monotonic()
-    with onednn.used(jax.default_backend()):
-      with self._tracing:
-        lowered = now.lower_train_step()
-      return Compiled(lowered.compile(), time.monotonic() - start)
+    lower = lambda: self._traced(now.lower_train_step)
+    if jax.default_backend() == "cpu" and _large(now):
+      program = onednn.compiled(lower)
+    else:
+      program = _compiled(lower)
+    return Compiled(program, time.monotonic() - start)
 
   def _eval_step(self, now: Experiment) -> None:
+    _compiled(lambda: self._traced(now.lower_eval_step))
+
+  def _traced(self, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered:
     with self._tracing:
-      lowered = now.lower_eval_step()
-    with onednn.storing():
-      lowered.compile()
+      return lower()
+
+
+def _large(now: Experiment) -> bool:
+  """Whether steps take long enough for a program that is compiled at each start."""
+  images = now.images // (now.page.accumulation * now.mesh.size)
+  return images * now.config.data.image_size**2 >= _LARGE
+
+
+def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+  lowered = lower()
+  with onednn.stored():
+    return lowered.compile()

@@ -5,8 +5,8 @@ here, in the words of those passes. XLA promises nothing of these, and ends the 
 cannot read them: they are made with jaxlibs that were tried, on processors for which all that is
 asked of oneDNN is fast. Everywhere else XLA's own convolutions and products stay.
 
-XLA cannot store a program that has such a call: it must not come into JAX's compilation cache. So
-only what is traced and compiled within `used` has them.
+XLA cannot store a program that has such a call: it must not come into JAX's compilation cache, and
+is compiled at each start. So only what `compiled` makes has them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import pathlib
 import platform
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,32 @@ _TINY = 6  # rows or columns that a convolution gives; below, XLA's is the faste
 _SMALL, _WIDE, _TOGETHER = 16**2, 128, 16  # pixels, channels, images of a kernel's gradient
 _LEAST = "jax_persistent_cache_min_compile_time_secs"  # below, JAX stores no program
 
-_storing = threading.Lock()
+_NAME = "__onednn$"  # begins those of the calls
 _here = threading.local()
-_made = threading.Event()  # once a call was made, here or in a trace that JAX remembers
+
+
+class _Cache:
+  """JAX's: at a time there are threads whose programs are stored, or one whose program is not."""
+
+  def __init__(self):
+    self.storing = 0  # threads; -1: none may
+    self.changed = threading.Condition()
+
+  @contextlib.contextmanager
+  def begun(self, free: Callable[[], bool], by: int) -> Iterator[None]:
+    """Waits until it is free, then counts `by` threads that store."""
+    with self.changed:
+      self.changed.wait_for(free)
+      self.storing += by
+    try:
+      yield
+    finally:
+      with self.changed:
+        self.storing -= by
+        self.changed.notify_all()
+
+
+_cache = _Cache()
 
 
 @functools.cache
@@ -51,39 +74,37 @@ def available() -> bool:
   return platform.machine() == "x86_64" and set(flags.split()) >= _NEEDED
 
 
+def compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+  """lower().compile() for the CPU, with oneDNN's calls where it takes them, and then not stored."""
+  if not available():
+    return lower().compile()
+  with used():
+    lowered = lower()
+  with _unstored() if _NAME in lowered.as_text() else stored():
+    return lowered.compile()
+
+
 @contextlib.contextmanager
-def used(where: str) -> Iterator[None]:
-  """What this thread traces within for the CPU calls oneDNN; it has to be compiled within, too.
-
-  From the first call on no thread's program is stored: what is to be waits in `storing`.
-
-  Args:
-    where: the platform that is compiled for; on all but "cpu" nothing changes.
-  """
-  if where != "cpu" or not available():
-    yield
-    return
-  with contextlib.ExitStack() as until, jax.default_matmul_precision("float32"):
-    # (By a precision that a CPU has anyway JAX tells what is traced here from what is not.)
-    _here.until, _here.unstored = until, False
-    if _made.is_set():
-      _store_nothing()
+def used() -> Iterator[None]:
+  """What this thread traces within for the CPU calls oneDNN, and must not be stored."""
+  # By a precision that a CPU has anyway JAX tells what is traced here from what is not.
+  with jax.default_matmul_precision("float32"):
+    _here.used = True
     try:
       yield
     finally:
-      _here.until = None
+      _here.used = False
 
 
-def _store_nothing() -> None:
-  """Until the thread leaves `used`."""
-  if not _here.unstored:
-    _here.until.enter_context(_unstored())
-    _here.unstored = True
+def stored() -> contextlib.AbstractContextManager[None]:
+  """What is compiled within comes into JAX's cache, whatever other threads do."""
+  return _cache.begun(lambda: _cache.storing >= 0, 1)
 
 
 @contextlib.contextmanager
 def _unstored() -> Iterator[None]:
-  with _storing:
+  """What any thread compiles meanwhile is not, but for what waits in `stored`."""
+  with _cache.begun(lambda: _cache.storing == 0, -1):
     least = getattr(jax.config, _LEAST)
     jax.config.update(_LEAST, math.inf)
     try:
@@ -92,20 +113,13 @@ def _unstored() -> Iterator[None]:
       jax.config.update(_LEAST, least)
 
 
-@contextlib.contextmanager
-def storing() -> Iterator[None]:
-  """What is compiled within comes into JAX's cache, whatever other threads do."""
-  with _storing:
-    yield
-
-
 def takes(products: int, dtype: Any) -> bool:
   """Whether oneDNN is to do so many multiplications of this dtype."""
   return _in_use() and dtype == "float32" and products >= _WORTH
 
 
 def _in_use() -> bool:
-  return getattr(_here, "until", None) is not None
+  return getattr(_here, "used", False)
 
 
 def convolve(
@@ -120,8 +134,8 @@ def convolve(
     return None
   sides = [(side + sum(around) - taps) // stride + 1
            for side, around, taps in zip(x.shape[2:4], padding, kernel.shape, strict=False)]
-  if min(sides) < _TINY or not takes(
-      len(x) * math.prod(sides) * kernel.size, x.dtype):
+  products = len(x) * math.prod(sides) * kernel.size
+  if min(sides) < _TINY or not takes(products, x.dtype):
     return None
   return _convolution(
     x, (0, 4, 1, 2, 3), kernel[None], (3, 4, 0, 1, 2), [(0, 0), *padding],
@@ -180,9 +194,7 @@ def multiply(
 
 def _call(target, config, words, shape, *arrays):
   """Version 2 of XLA's calls is the one whose words are a string."""
-  _made.set()
-  _store_nothing()
   call = jax.ffi.ffi_call(
-    f"__onednn${target}", jax.ShapeDtypeStruct(shape, arrays[0].dtype), custom_call_api_version=2,
+    f"{_NAME}{target}", jax.ShapeDtypeStruct(shape, arrays[0].dtype), custom_call_api_version=2,
     legacy_backend_config=json.dumps({f"onednn_{config}_config": words}))
   return call(*arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,9 @@ class Program(NamedTuple):
 
 class Phase:
   """A phase whose programs are compiled once `gate` is open; counts what is compiled."""
+
+  images, page, mesh = 1, SimpleNamespace(accumulation=1), SimpleNamespace(size=1)
+  config = SimpleNamespace(data=SimpleNamespace(image_size=8))
 
   def __init__(self, phase, trained=("backbone",), gate=None):
     self.phase, self.trained, self.gate = phase, trained, gate
