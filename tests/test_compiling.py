@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from medattn_jax import onednn
 from medattn_jax.compiling import Compiling
 
 
@@ -104,3 +105,26 @@ def test_who_stops_does_not_wait_for_the_compiler():
   gate.set()
   compiling._pool.shutdown()
   assert sum(len(phase.compiled) for phase in slow) <= 2  # those that had begun
+
+
+def test_steps_of_many_pixels_alone_are_given_to_onednn(monkeypatch):
+  """What calls it is compiled at each start: a small page's program is rather stored."""
+  given = []
+
+  def compiled(lower):
+    given.append(lower())
+    return given[-1].compile()
+
+  monkeypatch.setattr(onednn, "compiled", compiled)
+
+  class Large(Phase):
+    images, page = 128, SimpleNamespace(accumulation=2)
+    config = SimpleNamespace(data=SimpleNamespace(image_size=64))
+
+  class Shared(Large):
+    mesh = SimpleNamespace(size=2)
+
+  with Compiling() as compiling:
+    for phase in (Phase("small"), Shared("of two devices"), Large("large")):
+      assert compiling.step(phase).step() == f"{phase.phase} train"
+      assert len(given) == (phase.phase == "large")
