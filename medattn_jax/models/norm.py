@@ -7,7 +7,6 @@ of devices as long as each holds whole groups.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from medattn_jax.models import blocks, convolution
+from medattn_jax.models import blocks, convolution, moments
 from medattn_jax.models.blocks import Blocks
 from medattn_jax.models.remat import dear
 
 Array = jax.Array | np.ndarray
+
+WIDE = 128  # features that a TPU works on at a time
 
 # The standard deviation of a standard normal distribution cut off at ±2.
 _TRUNCATED = 0.87962566103423978
@@ -109,12 +110,12 @@ def normalise(
   if not train:
     gain = scale * jax.lax.rsqrt(join([one.var.value for one in held]) + norm.epsilon)
     offset = bias - join([one.mean.value for one in held]) * gain
-    y = (x.astype(jnp.float32) * _tile(gain, x) + _tile(offset, x)).astype(x.dtype)
+    y = (x.astype(jnp.float32) * moments.tile(gain, x) + moments.tile(offset, x)).astype(x.dtype)
     y = nn.relu(y) if relu else y
     return layout.replace(array=y) if layout else y
 
   groups, inside, count = _grouped(norm, given)
-  y, mean, var = _normalise(groups, scale, bias, inside, norm.epsilon, count, relu)
+  y, mean, var = moments.normalised(groups, scale, bias, inside, norm.epsilon, count, relu)
   _keep(norm, held, mean, var)
   y = y.reshape(x.shape)
   return layout.replace(array=y) if layout else y
@@ -152,127 +153,6 @@ def _keep(norm, held, mean, var):
     one.var.value = keep * one.var.value + (1 - keep) * new_var
 
 
-def _tile(a, x):
-  """[…, C] as often side by side as `x` has pixels to a block."""
-  pixels = x.shape[-1] // a.shape[-1]
-  return a if pixels == 1 else jnp.concatenate([a] * pixels, -1)
-
-
-def _total(x, inside, channels):
-  """x [G, g, n, p·C] → [G, 1, 1, C], the sum of what is inside."""
-  return _of_channels(_sum(x, inside), channels)
-
-
-def _sum(x, inside):
-  return (x if inside is None else jnp.where(inside, x, 0)).sum((1, 2), keepdims=True)
-
-
-def _of_channels(total, channels):
-  if total.shape[-1] == channels:
-    return total
-  return total.reshape(*total.shape[:3], -1, channels).sum(3)
-
-
-def _squared(x):
-  wide = x.astype(jnp.float32)
-  return wide, jnp.square(wide)
-
-
-def _sums_at_once(x, inside):
-  """`_sum` of x and of its squares, as one reduction: for two, a GPU reads a product's x twice."""
-  parts = [one if inside is None else jnp.where(inside, one, 0) for one in _squared(x)]
-  zero = jnp.zeros((), jnp.float32)
-  add = lambda a, b: tuple(one + other for one, other in zip(a, b, strict=True))
-  return tuple(one[:, None, None] for one in jax.lax.reduce(parts, [zero, zero], add, (1, 2)))
-
-
-# The gradient in closed form: it keeps only `x` and [G, C] numbers for the backward pass, and
-# its two column sums are one pass (XLA's CPU needs ten times as long for autodiff's).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _normalise(x, scale, bias, inside, epsilon, count, relu):
-  """x [G, g, n, p·C] → (y of its dtype, mean, var [G, 1, 1, C] float32, without gradient).
-
-  p pixels of a block lie side by side; `inside` bool [n, p·C] or None says which there are, and
-  `count` how many in a group. (p is 1 where nothing is in blocks.)
-  """
-  return _forward(x, scale, bias, inside, epsilon, count, relu)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _moments(x, inside, count, channels):
-  """x [G, g, n, p·C] → the mean and the variance of each channel, [G, 1, 1, C] float32."""
-  sums = jax.lax.platform_dependent(
-    x, cuda=lambda x: _sums_at_once(x, inside),
-    default=lambda x: tuple(_sum(one, inside) for one in _squared(x)))
-  mean, square = (_of_channels(one, channels) / count for one in sums)
-  return mean, jnp.maximum(square - jnp.square(mean), 0)
-
-
-def _moments_forward(x, inside, count, channels):
-  mean, var = dear(_moments(x, inside, count, channels))
-  return (mean, var), (x, mean, inside)
-
-
-def _moments_backward(count, channels, saved, cotangents):
-  """By the centred numbers: of the squares alone, large and nearly equal ones would be left."""
-  x, mean, inside = saved
-  of_mean, of_var = (_tile(one / count, x) for one in cotangents)
-  dx = of_mean + 2 * of_var * (x.astype(jnp.float32) - _tile(mean, x))
-  if inside is not None:
-    dx = jnp.where(inside, dx, 0)
-  return dx.astype(x.dtype), None
-
-
-_moments.defvjp(_moments_forward, _moments_backward)
-
-
-def _forward(x, scale, bias, inside, epsilon, count, relu):
-  wide = x.astype(jnp.float32)
-  mean, var = dear(_moments(x, inside, count, len(scale)))
-  inverse = jax.lax.rsqrt(var + epsilon)
-  gain = scale * inverse
-  offset = bias - mean * gain
-  y = (wide * _tile(gain, x) + _tile(offset, x)).astype(x.dtype)
-  return (nn.relu(y) if relu else y, mean, var), (x, scale, mean, inverse, offset, inside)
-
-
-def _backward(epsilon, count, relu, saved, cotangents):
-  x, scale, mean, inverse, shift, inside = saved
-
-  def read(x, gradient):
-    """What flows back into the normalisation, and the centred numbers, float32."""
-    wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
-    if relu:
-      positive = wide * _tile(scale * inverse, x) + _tile(shift, x) > 0
-      gradient = jnp.where(positive, gradient, 0)
-    return gradient, wide - _tile(mean, x)
-
-  gradient, centred = read(x, cotangents[0])
-  along_one = _total(gradient, inside, len(scale))
-  # (XLA's CPU would write the centred numbers for it.)
-  along_unit = inverse * jax.lax.platform_dependent(
-    gradient, x, centred,
-    cpu=lambda gradient, x, _: (
-      _total(gradient * x.astype(jnp.float32), inside, len(scale)) - mean * along_one),
-    default=lambda gradient, _, centred: _total(gradient * centred, inside, len(scale)))
-  if relu:
-    # Computed anew: a GPU's compiler would write what ReLU lets through, to read it twice.
-    again = jax.lax.platform_dependent(
-      x, cotangents[0], cuda=lambda *both: jax.lax.optimization_barrier(both),
-      default=lambda *both: both)
-    gradient, centred = read(*again)
-  # All that is of a channel first: of each pixel two products are left.
-  gain = scale * inverse
-  slope, offset = gain * inverse * along_unit / count, gain * along_one / count
-  dx = _tile(gain, x) * gradient - _tile(slope, x) * centred - _tile(offset, x)
-  if inside is not None:
-    dx = jnp.where(inside, dx, 0)
-  return dx.astype(x.dtype), along_unit.sum((0, 1, 2)), along_one.sum((0, 1, 2)), None
-
-
-_normalise.defvjp(_forward, _backward)
-
-
 class Conv(nn.Module):
   """A 2-d convolution with PyTorch's symmetric padding; 1×1 is a matrix product.
 
@@ -305,11 +185,49 @@ class Conv(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"] | Blocks) -> Float[Array, "b h2 w2 d"] | Blocks:
     kernel, bias = self.weights(x.channels if isinstance(x, Blocks) else x.shape[-1])
     y = self.convolve(x, kernel)
-    return y if bias is None else y + bias.astype(self.dtype)
+    return y if bias is None else add_bias(y, bias)
+
+  def onto(
+    self, x: Float[Array, "b h w d"], y: Float[Array, "b h w c"], scale: float,
+  ) -> Float[Array, "b h w d"]:
+    """x + scale · (the 1×1 convolution of y, with its bias).
+
+    What is scaled is the kernel and the bias, which are small. On a GPU all is one product: pixels
+    are rows there, as XLA adds nothing to one that lies otherwise without a copy.
+    """
+    kernel, bias = self.weights(y.shape[-1])
+    kernel, bias = kernel * scale, bias * scale
+
+    def plain(x, y, kernel, bias):
+      return add_bias(x + _convolve(self, y, kernel), bias)
+
+    def on_cuda(x, y, kernel, bias):
+      rows = lambda array: array.reshape(-1, array.shape[-1])
+      product = rows(y.astype(self.dtype)) @ kernel[0, 0].astype(self.dtype)
+      return add_bias(rows(x) + product, bias).reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, y, kernel, bias, cuda=on_cuda, default=plain)
 
   def convolve(self, x: Any, kernel: Float[Array, "k l c d"]) -> Any:
     """The convolution with any kernel of this one's size."""
     return dear(_convolve(self, x, kernel))
+
+
+@jax.custom_vjp
+def add_bias(y: Float[Array, "*b c"], bias: Float[Array, " c"]) -> Float[Array, "*b c"]:
+  """y + bias in y's dtype; the bias's gradient is summed in float32 (JAX's own in y's dtype)."""
+  return y + bias.astype(y.dtype)
+
+
+def _add_bias_forward(y, bias):
+  return add_bias(y, bias), None
+
+
+def _add_bias_backward(_, gradient):
+  return gradient, gradient.astype(jnp.float32).sum(range(gradient.ndim - 1))
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def _convolve(conv, x, kernel):
@@ -348,7 +266,7 @@ def conv_bn(
     y = (y.astype(jnp.float32) * gain + offset).astype(y.dtype)
     return nn.relu(y) if relu else y
   groups, inside, count = _grouped(norm, x)
-  mean, var = _moments(groups, inside, count, conv.features)
+  mean, var = moments.moments(groups, inside, count, conv.features)
   _keep(norm, [held], sign * mean, var)
   gain = scale * jax.lax.rsqrt(var + norm.epsilon)
   wide = y.reshape(*groups.shape[:2], -1, conv.features).astype(jnp.float32)
@@ -360,6 +278,8 @@ class ConvBN(nn.Module):
   """Convolution (`conv`), GroupBatchNorm (`bn`), ReLU: the unit of the networks here.
 
   Attributes as in `Conv` and `GroupBatchNorm`; `relu=False` leaves the activation out.
+  `wide_apart`: `together` does not join units of WIDE features. (A TPU would only cut them apart
+  again: compiled for a v5e, 5 % more cycles.)
   """
 
   features: int
@@ -372,6 +292,7 @@ class ConvBN(nn.Module):
   epsilon: float = 1e-5
   scale_init: Callable = nn.initializers.ones
   dtype: Any = jnp.float32
+  wide_apart: bool = False
 
   def setup(self):
     self.conv = Conv(
@@ -400,10 +321,10 @@ def together(
 ) -> list[Float[Array, "b h2 w2 d"]]:
   """[unit(x, train) for each], of units that differ in their features alone.
 
-  Narrow ones are computed as one: a TPU works on 128 channels at a time, be they there or not.
-  (Wide ones would only be cut apart again: compiled for a v5e, 5 % more cycles.)
+  They are computed as one: a TPU works on 128 channels at a time, be they there or not, and a
+  GPU's product of all writes its input's gradient once.
   """
-  if max(unit.features for unit in units) >= 128:
+  if units[0].wide_apart and max(unit.features for unit in units) >= WIDE:
     return [unit(x, train) for unit in units]
   y = joined(units, x, train, [slice(0, x.shape[-1])] * len(units))
   return jnp.split(y, np.cumsum([unit.features for unit in units])[:-1], axis=-1)

@@ -65,6 +65,9 @@ def _last_relu_forward(x):
 
 
 def _last_relu_backward(y, gradient):
+  # XLA would see that y is above zero where what it was made of is, and keep that too; a GPU's
+  # then cannot make y in the product that it is the end of.
+  y = jax.lax.platform_dependent(y, cuda=jax.lax.optimization_barrier, default=lambda y: y)
   return (jnp.where(y > 0, gradient, 0),)
 
 

@@ -1,4 +1,4 @@
-"""Variables of any module without compiling its initialisation."""
+"""Variables of any module without compiling its initialisation, and the ways of a GPU on a CPU."""
 
 import jax
 import numpy as np
@@ -23,3 +23,20 @@ def draw_variables():
             for name in ("params", "batch_stats")}
 
   return draw
+
+
+@pytest.fixture
+def a_gpus_ways(monkeypatch):
+  """begin() → names: what is traced from then on goes a GPU's ways, and is added to the names."""
+
+  def begin():
+    asked = []
+
+    def chosen(*given, default, **ways):
+      asked.extend(ways)
+      return ways.get("cuda", default)(*given)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    return asked
+
+  return begin

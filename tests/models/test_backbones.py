@@ -238,7 +238,7 @@ def test_an_answer_depends_on_its_group_and_its_keys_alone(googlenet):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
-def test_a_gpus_ways_give_the_same_numbers(name, monkeypatch):
+def test_a_gpus_ways_give_the_same_numbers(name, a_gpus_ways):
   """Of what is computed otherwise there: the first convolution, maxima, sums, ReLU's gradient."""
   net = models.backbone(name, 3, group_size=2, **SHORT[name])
   x = images(2, 65)
@@ -249,15 +249,9 @@ def test_a_gpus_ways_give_the_same_numbers(name, monkeypatch):
       {**variables, "params": params}, x, True, mutable=["batch_stats"])
     return jnp.sum(jnp.sin(logits)), left
 
-  asked = []
-
-  def chosen(*given, default, **ways):
-    asked.extend(ways)
-    return ways.get("cuda", default)(*given)
-
   run = lambda: jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
   wanted = run()
-  monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+  asked = a_gpus_ways()
   found = run()
   assert asked.count("cuda") >= 10
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

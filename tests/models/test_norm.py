@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medattn_jax.models import blocks
-from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm
+from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias
 from medattn_jax.models.pooling import max_pool
 
 
@@ -256,3 +256,21 @@ def test_means_after_a_1x1_convolution_are_means_before_it():
   wide = lambda x: mean(x.astype(jnp.float32))
   y, _ = half.apply(variables, x, True, mean=wide, mutable=["batch_stats"])
   assert y.dtype == jnp.bfloat16
+
+
+def test_a_biass_gradient_is_summed_in_float32():
+  """1,001 in bfloat16 is 1,000."""
+  y, bias = jnp.zeros((7, 11, 13, 2), jnp.bfloat16), jnp.zeros(2)
+  of_y, of_bias = jax.vjp(add_bias, y, bias)[1](jnp.ones_like(y))
+  np.testing.assert_array_equal(of_bias, np.array([1001, 1001], np.float32))
+  assert (of_y.dtype, of_bias.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_a_scaled_convolution_added_to_what_there_is():
+  rng = np.random.default_rng(0)
+  x, y = (rng.normal(size=(2, 5, 3, c)).astype(np.float32) for c in (6, 4))
+  conv = Conv(6, use_bias=True)
+  params = {"kernel": rng.normal(size=(1, 1, 4, 6)), "bias": rng.normal(size=6)}
+  params = {"params": {key: value.astype(np.float32) for key, value in params.items()}}
+  found = conv.apply(params, x, y, 0.3, method=conv.onto)
+  np.testing.assert_allclose(found, x + 0.3 * conv.apply(params, y), rtol=1e-5, atol=1e-5)

@@ -75,7 +75,7 @@ def test_to_torch_is_what_the_published_network_takes(name, torch):
 # A leaf that is wholly wrong is more than this of its group's slope, whatever the network.
 TOLERANCE = 0.01
 # Shares of the function's value: where neither its kinks nor float32's rounding weigh much.
-STEPS = tuple(np.linspace(6e-3, 16e-3, 8))
+STEPS = tuple(np.linspace(6e-3, 16e-3, 16))
 
 
 def errors(value_and_gradient, params, groups):
@@ -86,6 +86,7 @@ def errors(value_and_gradient, params, groups):
   without a slope (a bias before a normalisation) are left out.
   """
   value, gradient = value_and_gradient(params)
+  alone = jax.jit(lambda params: value_and_gradient(params)[0])
   flat, slopes = (traverse_util.flatten_dict(jax.device_get(tree)) for tree in (params, gradient))
   felt = {path: np.linalg.norm(slopes[path]) * np.linalg.norm(flat[path]) for path in flat}
   dead = {path for path in flat if felt[path] < 1e-6 * np.median(list(felt.values()))}
@@ -98,8 +99,7 @@ def errors(value_and_gradient, params, groups):
       far = share * max(1, abs(float(value))) / len(own)
       moved = [{path: (flat[path] + sign * far * step[path]).astype(np.float32) for path in own}
                for sign in (1, -1)]
-      up, down = (float(value_and_gradient(traverse_util.unflatten_dict({**flat, **one}))[0])
-                  for one in moved)
+      up, down = (float(alone(traverse_util.unflatten_dict({**flat, **one}))) for one in moved)
       rises.append(up - down)
       wanted.append(sum(
         np.vdot(slopes[path].astype(np.float64), moved[0][path].astype(np.float64) - moved[1][path])
@@ -129,8 +129,9 @@ def test_a_wrong_gradient_shows():
     assert not dead and (np.abs(found).max() < TOLERANCE) == right
 
 
-# The smallest at which the last grid of each still has several cells to normalise over.
-SMALL = {"inception_resnet_v2": 107, "inception_v3": 107, "vgg16": 48}
+# The smallest at which the last grid of each still has several cells to normalise over. (Of
+# ResNet-50's 2×2 at 64² float32's rounding alone makes 1 to 2 %.)
+SMALL = {"inception_resnet_v2": 107, "inception_v3": 107, "resnet50": 97, "vgg16": 48}
 
 
 @pytest.mark.slow

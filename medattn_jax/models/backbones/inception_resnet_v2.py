@@ -83,8 +83,8 @@ class Block(nn.Module):
       y = abreast(self.unit, x, train, self.branches)
     else:
       y = jnp.concatenate(side_by_side(self.unit, x, train, self.branches), -1)
-    y = Conv(x.shape[-1], use_bias=True, dtype=x.dtype, name="conv2d")(y)
-    x = x + y * self.scale
+    last = Conv(x.shape[-1], use_bias=True, dtype=x.dtype, name="conv2d")
+    x = last.onto(x, y, self.scale)
     return remat.last_relu(x) if self.relu else x
 
 
@@ -151,7 +151,8 @@ class InceptionResNetV2(nn.Module):
   def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
     """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
     unit = functools.partial(
-      ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
+      ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype,
+      wide_apart=self.blocks)
     part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x

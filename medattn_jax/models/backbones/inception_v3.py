@@ -144,7 +144,8 @@ class InceptionV3(nn.Module):
   def __call__(self, x: Float[Array, "b h w 3"], train: bool = False):
     """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
     unit = functools.partial(
-      ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype)
+      ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype,
+      wide_apart=self.blocks)
     part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x

@@ -1,0 +1,147 @@
+"""The arithmetic of a batch normalisation over groups, and its gradient in closed form.
+
+Arrays are [G, g, n, p·C]: groups, images of a group, pixels, channels. p pixels of a block (see
+`blocks`) lie side by side, and p is 1 where nothing is in blocks; `inside`, bool [n, p·C] or None,
+says which of them there are, and `count` how many numbers of a channel a group has.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from medattn_jax.models.remat import dear
+
+
+def tile(a, x):
+  """[…, C] as often side by side as `x` has pixels to a block."""
+  pixels = x.shape[-1] // a.shape[-1]
+  return a if pixels == 1 else jnp.concatenate([a] * pixels, -1)
+
+
+def _total(x, inside, channels):
+  """x [G, g, n, p·C] → [G, 1, 1, C], the sum of what is inside."""
+  return _of_channels(_sum(x, inside), channels)
+
+
+def _sum(x, inside):
+  return (x if inside is None else jnp.where(inside, x, 0)).sum((1, 2), keepdims=True)
+
+
+def _of_channels(total, channels):
+  if total.shape[-1] == channels:
+    return total
+  return total.reshape(*total.shape[:3], -1, channels).sum(3)
+
+
+def _squared(x):
+  wide = x.astype(jnp.float32)
+  return wide, jnp.square(wide)
+
+
+def _sums_at_once(parts, inside):
+  """`_sum` of each, as one reduction: for two, a GPU reads a product's x twice."""
+  parts = [one if inside is None else jnp.where(inside, one, 0) for one in parts]
+  zeros = [jnp.zeros((), jnp.float32)] * len(parts)
+  add = lambda a, b: tuple(one + other for one, other in zip(a, b, strict=True))
+  return tuple(one[:, None, None] for one in jax.lax.reduce(parts, zeros, add, (1, 2)))
+
+
+# The gradient in closed form: it keeps only `x` and [G, C] numbers for the backward pass, and
+# its two column sums are one pass (XLA's CPU needs ten times as long for autodiff's).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def normalised(x, scale, bias, inside, epsilon, count, relu):
+  """x [G, g, n, p·C] → (y of its dtype, mean, var [G, 1, 1, C] float32, without gradient)."""
+  return _forward(x, scale, bias, inside, epsilon, count, relu)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def moments(x, inside, count, channels):
+  """x [G, g, n, p·C] → the mean and the variance of each channel, [G, 1, 1, C] float32."""
+  sums = jax.lax.platform_dependent(
+    x, cuda=lambda x: _sums_at_once(_squared(x), inside),
+    default=lambda x: tuple(_sum(one, inside) for one in _squared(x)))
+  mean, square = (_of_channels(one, channels) / count for one in sums)
+  return mean, jnp.maximum(square - jnp.square(mean), 0)
+
+
+def _moments_forward(x, inside, count, channels):
+  mean, var = dear(moments(x, inside, count, channels))
+  return (mean, var), (x, mean, inside)
+
+
+def _moments_backward(count, channels, saved, cotangents):
+  """By the centred numbers: of the squares alone, large and nearly equal ones would be left."""
+  x, mean, inside = saved
+  of_mean, of_var = (tile(one / count, x) for one in cotangents)
+  dx = of_mean + 2 * of_var * (x.astype(jnp.float32) - tile(mean, x))
+  if inside is not None:
+    dx = jnp.where(inside, dx, 0)
+  return dx.astype(x.dtype), None
+
+
+moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _forward(x, scale, bias, inside, epsilon, count, relu):
+  wide = x.astype(jnp.float32)
+  mean, var = dear(moments(x, inside, count, len(scale)))
+  inverse = jax.lax.rsqrt(var + epsilon)
+  gain = scale * inverse
+  offset = bias - mean * gain
+  y = (wide * tile(gain, x) + tile(offset, x)).astype(x.dtype)
+  return (nn.relu(y) if relu else y, mean, var), (x, scale, mean, inverse, offset, inside)
+
+
+def _backward(epsilon, count, relu, saved, cotangents):
+  x, scale, mean, inverse, shift, inside = saved
+
+  def read(x, gradient):
+    """What flows back into the normalisation, and the centred numbers, float32."""
+    wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    if relu:
+      before = wide * tile(scale * inverse, x) + tile(shift, x)
+      gradient = jax.lax.platform_dependent(
+        gradient, before, cuda=_let_through, default=lambda g, x: jnp.where(x > 0, g, 0))
+    return gradient, wide - tile(mean, x)
+
+  gradient, centred = read(x, cotangents[0])
+  channels = len(scale)
+
+  def sums(gradient, x, centred):
+    return (_total(gradient, inside, channels), _total(gradient * centred, inside, channels))
+
+  def on_cpu(gradient, x, centred):  # whose compiler would write the centred numbers
+    along_one = _total(gradient, inside, channels)
+    return along_one, _total(gradient * x.astype(jnp.float32), inside, channels) - mean * along_one
+
+  def on_cuda(gradient, x, centred):
+    both = _sums_at_once((gradient, gradient * centred), inside)
+    return tuple(_of_channels(one, channels) for one in both)
+
+  along_one, along_unit = jax.lax.platform_dependent(
+    gradient, x, centred, cpu=on_cpu, cuda=on_cuda, default=sums)
+  along_unit = inverse * along_unit
+  if relu:
+    # Computed anew: a GPU's compiler would write what ReLU lets through, to read it twice.
+    again = jax.lax.platform_dependent(
+      x, cuda=jax.lax.optimization_barrier, default=lambda x: x), cotangents[0]
+    gradient, centred = read(*again)
+  # All that is of a channel first: of each pixel two products are left.
+  gain = scale * inverse
+  slope, offset = gain * inverse * along_unit / count, gain * along_one / count
+  dx = tile(gain, x) * gradient - tile(slope, x) * centred - tile(offset, x)
+  if inside is not None:
+    dx = jnp.where(inside, dx, 0)
+  return dx.astype(x.dtype), along_unit.sum((0, 1, 2)), along_one.sum((0, 1, 2)), None
+
+
+def _let_through(gradient, before):
+  """ReLU's gradient. (Comparisons a GPU's compiler writes by themselves, to read them twice.)"""
+  return gradient * jnp.maximum(jnp.sign(before), 0)
+
+
+normalised.defvjp(_forward, _backward)
