@@ -245,8 +245,6 @@ def words(row: Mapping[str, Any]) -> str:
     said.append(f"{kinds} ({sizes})")
   if row.get("model"):
     said.append(f"bound by {row['model']['by']}")
-  if row["compiler_options"] and not row["target"].startswith("cpu"):
-    said.append("with " + ", ".join(f"{k}={v}" for k, v in row["compiler_options"].items()))
   if not row["fits"]:
     of = f" of {row['memory_bytes'] / 1e9:.1f}" if row["memory_bytes"] else ""
     said.append(f"DOES NOT FIT: {_plain((row['peak_memory_bytes'] or 0) / 1e9)}{of} GB")

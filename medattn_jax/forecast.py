@@ -24,9 +24,6 @@ from medattn_jax.programs.roofline import Bound
 # Of a GPU's memory, what is left to cuDNN's workspaces, NCCL's buffers and the driver's context:
 # its compiler knows of none of them. [choice]
 MARGIN = 0.08
-# Where a GPU's compiler has no GPU to try tilings of a small matrix product on, the one it assumes
-# may not fit; then these are left to cuBLAS.
-_UNTRIED = {"xla_gpu_enable_triton_gemm": False}
 # Near its memory's end a GPU's compiler computes things again, which takes it minutes and hides how
 # much is missing. Here a program keeps what it is written to keep (phases.P.remat).
 _AS_WRITTEN = {"xla_gpu_memory_limit_slop_factor": 10_000}
@@ -43,7 +40,6 @@ class Forecast(NamedTuple):
     leaves: of the state, each of which should be donated but for those `unread`.
     needs, memory: bytes that it needs at its peak, and that a program may have; None: not known.
     lowering, compiling: seconds.
-    options: that were given to the compiler, as it failed without them.
     report: of the compiled program; None where the compiler refused it for its memory.
     flops, accessed, cycles, seconds: as in the report, but a loop counted as often as it runs; and
       where the compiler gives none: FLOPs by the program before compilation, bytes by its text.
@@ -63,7 +59,6 @@ class Forecast(NamedTuple):
   memory: int | None
   lowering: float
   compiling: float
-  options: dict[str, Any]
   report: Report | None
   flops: float | None
   accessed: float | None
@@ -93,7 +88,7 @@ class Forecast(NamedTuple):
       "lower_seconds": round(self.lowering, 2), "compile_seconds": round(self.compiling, 2),
       "flops_per_step": self.flops, "bytes_accessed": self.accessed,
       "hbm_bytes": self.hbm, "cycles": self.cycles,
-      "compiler_ms": self.seconds and 1e3 * self.seconds, "compiler_options": self.options,
+      "compiler_ms": self.seconds and 1e3 * self.seconds,
       "peak_memory_bytes": self.needs, "memory_bytes": self.memory, "leaves": self.leaves,
       "unread": self.unread}
     if self.report:
@@ -146,20 +141,20 @@ def here(page: ml_collections.ConfigDict, phase: str, target: chips.Target, devi
     phase=phase, target=target, kind=kind, devices=len(devices), images=now.images,
     dtype=page.precision, leaves=len(jax.tree.leaves(now.abstract_state)), unread=0,
     needs=None, memory=_memory(devices[0], sheet), lowering=middle - start, compiling=0.0,
-    options={}, report=None, flops=None, accessed=None, hbm=None, cycles=None, seconds=None,
+    report=None, flops=None, accessed=None, hbm=None, cycles=None, seconds=None,
     bound=None, places=None)
-  tried = unrun.OPTIONS if target.chip == chips.CPU else [{}, *[_UNTRIED] * target.gpu]
-  for options in tried:
-    try:
-      compiled = lowered.compile(
-        compiler_options=options | (_AS_WRITTEN if target.gpu else {}))
-    except jax.errors.JaxRuntimeError as error:
-      text = " ".join(str(error).split())
+  try:
+    if target.chip == chips.CPU:
+      compiled = unrun.compiled(lowered)
     else:
-      found = found._replace(compiling=time.monotonic() - middle, options=options)
-      if keep:
-        files.write_bytes(pathlib.Path(keep), compiled.as_text().encode())
-      return _read(found, now, lowered, compiled, depth, largest, sheet)
+      compiled = lowered.compile(compiler_options=_AS_WRITTEN if target.gpu else {})
+  except jax.errors.JaxRuntimeError as error:
+    text = " ".join(str(error).split())
+  else:
+    found = found._replace(compiling=time.monotonic() - middle)
+    if keep:
+      files.write_bytes(pathlib.Path(keep), compiled.as_text().encode())
+    return _read(found, now, lowered, compiled, depth, largest, sheet)
   if "RESOURCE_EXHAUSTED" not in text:
     raise UserError(f"target {target}: its compiler failed: {text[:400]}")
   return found._replace(compiling=time.monotonic() - middle, needs=_needed(text))

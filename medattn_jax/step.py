@@ -10,6 +10,7 @@ however many examples are masked.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,9 +23,14 @@ from jax.sharding import PartitionSpec as P
 
 from medattn_jax import augment, joining, losses, optim, sharding
 
-# Convolutions are left to Eigen: YNNPACK runs one of up to 64 features on one core alone.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type":
-                "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+# XLA's options for a step, by platform. A CPU's convolutions are left to Eigen: YNNPACK runs one of
+# up to 64 features on one core alone. A GPU's products are left to cuBLAS, which adds to them what
+# is there already, a bias and ReLU: Triton's were no faster, and took most of the time to compile.
+_OPTIONS = {
+  "cpu": {"xla_cpu_experimental_ynn_fusion_type":
+          "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"},
+  "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
@@ -296,13 +302,16 @@ def make_eval_step(
   )
 
 
-def compiler_options(platform: str) -> dict[str, str]:
-  """XLA's options for a step on devices of `platform`: none but on a CPU whose XLA knows them."""
-  return _CPU_OPTIONS if platform == "cpu" and _known(tuple(_CPU_OPTIONS.items())) else {}
+def compiler_options(platform: str) -> dict[str, Any]:
+  """XLA's options for a step on devices of `platform`, where XLA knows them and XLA_FLAGS names none.
+  """
+  options = _OPTIONS.get(platform, {})
+  named = any(option in os.environ.get("XLA_FLAGS", "") for option in options)
+  return options if not named and _known(tuple(options.items())) else {}
 
 
 @functools.cache
-def _known(options: tuple[tuple[str, str], ...]) -> bool:
+def _known(options: tuple[tuple[str, Any], ...]) -> bool:
   try:
     jax.jit(lambda x: x).lower(0.0).compile(compiler_options=dict(options))
   except jax.errors.JaxRuntimeError:

@@ -227,8 +227,11 @@ def test_eval_step_gives_each_patient_its_answers_without_a_collective():
   assert "all-" not in step.lower(variables, put).compile().as_text().replace("all-true", "")
 
 
-def test_options_are_a_cpus_and_only_those_that_its_compiler_knows(monkeypatch):
+def test_options_are_those_that_the_compiler_knows_and_xla_flags_do_not_name(monkeypatch):
   assert steps.compiler_options("tpu") == {}
-  assert steps.compiler_options("cpu") == steps._CPU_OPTIONS
-  monkeypatch.setattr(steps, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+  assert steps.compiler_options("cpu") == steps._OPTIONS["cpu"]
+  assert steps.compiler_options("gpu") == {"xla_gpu_enable_triton_gemm": False}
+  monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_gpu_enable_triton_gemm=true")
+  assert steps.compiler_options("gpu") == {}
+  monkeypatch.setitem(steps._OPTIONS, "cpu", {"xla_cpu_no_such_option": "1"})
   assert steps.compiler_options("cpu") == {}

@@ -9,12 +9,12 @@ import jax
 # Its instructions need no polish. The older emitters of fusions take half the time; a compiler that
 # has them no more refuses the option.
 _PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-OPTIONS = (_PLAIN | {"xla_cpu_use_fusion_emitters": False}, _PLAIN)
+_OPTIONS = (_PLAIN | {"xla_cpu_use_fusion_emitters": False}, _PLAIN)
 
 
 def compiled(lowered: jax.stages.Lowered) -> Any:
   """The program of a CPU, good to be read: collectives, memory, donated buffers, text."""
-  first, second = OPTIONS
+  first, second = _OPTIONS
   try:
     return lowered.compile(compiler_options=first)
   except jax.errors.JaxRuntimeError:
