@@ -8,6 +8,7 @@ again). The numbers are those of a step that keeps all ("none"), and the variabl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,23 +53,35 @@ def parts(net: nn.Module, mode: str, train: bool) -> Callable[..., Any]:
   return part
 
 
-@jax.custom_vjp
 def last_relu(x: jax.Array) -> jax.Array:
-  """ReLU at the end of a part. Its gradient is read off its result, which the next part keeps; by
-  its input "elementwise" would keep, or compute again, all that was added up to it."""
+  """`relu` at the end of a part: the next part keeps it. By its input "elementwise" would keep, or
+  compute again, all that was added up to it."""
+  return relu(x, True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def relu(x: jax.Array, kept: bool = False) -> jax.Array:
+  """ReLU, whose gradient is read off its result: its input need not be there any more.
+
+  Args:
+    kept: "elementwise" keeps the result.
+  """
+  del kept
   return jnp.maximum(x, 0)
 
 
-def _last_relu_forward(x):
-  y = dear(last_relu(x))
+def _relu_forward(x, kept):
+  y = relu(x, kept)
+  y = dear(y) if kept else y
   return y, y
 
 
-def _last_relu_backward(y, gradient):
-  # XLA would see that y is above zero where what it was made of is, and keep that too; a GPU's
-  # then cannot make y in the product that it is the end of.
+def _relu_backward(kept, y, gradient):
+  # XLA sees that y is above zero where x is, and would keep x too; a GPU's then cannot make y in
+  # the product or convolution that it is the end of.
+  del kept
   y = jax.lax.platform_dependent(y, cuda=jax.lax.optimization_barrier, default=lambda y: y)
   return (jnp.where(y > 0, gradient, 0),)
 
 
-last_relu.defvjp(_last_relu_forward, _last_relu_backward)
+relu.defvjp(_relu_forward, _relu_backward)

@@ -78,7 +78,7 @@ class VGG16(nn.Module):
           norm = GroupBatchNorm(self.group_size, self.momentum, name=f"features-{number}")
           x = norm(x, train, relu=True)
         else:
-          x = nn.relu(x)
+          x = remat.relu(x)
         number += 2
       return maximum(x, 2) if pool else x
 
