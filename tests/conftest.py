@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and the way to the project's shared material."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,9 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+with contextlib.suppress(ImportError):
+  import triton  # noqa: F401  PyTorch's: it ends a process that has TensorFlow already
 
 import jax
 import pytest
