@@ -12,11 +12,15 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from medattn_jax.models.remat import dear
 
+Array = jax.Array
+Inside = Bool[Array, "n pC"] | None
 
-def tile(a, x):
+
+def tile(a: Float[Array, "*s c"], x: Float[Array, "*t pc"]) -> Float[Array, "*s pc"]:
   """[…, C] as often side by side as `x` has pixels to a block."""
   pixels = x.shape[-1] // a.shape[-1]
   return a if pixels == 1 else jnp.concatenate([a] * pixels, -1)
@@ -53,14 +57,19 @@ def _sums_at_once(parts, inside):
 # The gradient in closed form: it keeps only `x` and [G, C] numbers for the backward pass, and
 # its two column sums are one pass (XLA's CPU needs ten times as long for autodiff's).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def normalised(x, scale, bias, inside, epsilon, count, relu):
-  """x [G, g, n, p·C] → (y of its dtype, mean, var [G, 1, 1, C] float32, without gradient)."""
+def normalised(
+  x: Float[Array, "G g n pC"], scale: Float[Array, " C"], bias: Float[Array, " C"], inside: Inside,
+  epsilon: float, count: int, relu: bool,
+) -> tuple[Float[Array, "G g n pC"], Float[Array, "G 1 1 C"], Float[Array, "G 1 1 C"]]:
+  """(y of x's dtype, and the groups' mean and variance, float32, without gradient)."""
   return _forward(x, scale, bias, inside, epsilon, count, relu)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def moments(x, inside, count, channels):
-  """x [G, g, n, p·C] → the mean and the variance of each channel, [G, 1, 1, C] float32."""
+def moments(
+  x: Float[Array, "G g n pC"], inside: Inside, count: int, channels: int,
+) -> tuple[Float[Array, "G 1 1 C"], Float[Array, "G 1 1 C"]]:
+  """The mean and the variance of each channel, float32."""
   sums = jax.lax.platform_dependent(
     x, cuda=lambda x: _sums_at_once(_squared(x), inside),
     default=lambda x: tuple(_sum(one, inside) for one in _squared(x)))
