@@ -24,7 +24,7 @@ def made(phase, seconds, **changed):
   return forecast.Forecast(
     phase=phase, target=chips.target("v5e:2x4"), kind="TPU v5 lite", devices=8, images=10,
     dtype="bfloat16", leaves=1, unread=0, needs=2 * 10**9, memory=16 * 10**9, lowering=1.0,
-    compiling=1.0, options={}, report=told, flops=1.0, accessed=1.0, hbm=1.0, cycles=None,
+    compiling=1.0, report=told, flops=1.0, accessed=1.0, hbm=1.0, cycles=None,
     seconds=None, bound=bound, places=None)._replace(**changed)
 
 
