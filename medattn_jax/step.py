@@ -306,7 +306,7 @@ def compiler_options(platform: str) -> dict[str, Any]:
   """XLA's options for a step on `platform`, where XLA knows them and XLA_FLAGS names none."""
   options = _OPTIONS.get(platform, {})
   named = any(option in os.environ.get("XLA_FLAGS", "") for option in options)
-  return options if not named and _known(tuple(options.items())) else {}
+  return options if options and not named and _known(tuple(options.items())) else {}
 
 
 @functools.cache
