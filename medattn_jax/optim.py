@@ -77,6 +77,17 @@ def apart(
   return optax.partition({"": main, **own}, labels)
 
 
+def shared(number: Any) -> jax.Array:
+  """The same number, float32, with which the same is going to be done to many leaves.
+
+  Of what is done to leaves of one shape a GPU's compiler makes one kernel where they all read one
+  vector, but neither where they read nothing together nor where that is a single number; and a
+  network has hundreds of leaves.
+  """
+  read = lambda x: jax.lax.optimization_barrier(jnp.full(2, x))[0]
+  return jax.lax.platform_dependent(jnp.float32(number), cuda=read, default=lambda x: x)
+
+
 def norm(tree: Any) -> jax.Array:
   """The root of the sum of a tree's squares, float32."""
   return jax.lax.platform_dependent(tree, cuda=_norm_by_parts, default=optax.tree.norm)
@@ -88,9 +99,9 @@ _PARTS, _FEW = 256, 16
 # A leaf's sum takes a GPU two kernels, of which the second does little but begin and end, and a
 # network has hundreds of leaves. Here all have it together.
 def _norm_by_parts(tree):
-  total = jnp.zeros(_PARTS)
+  total, one = jnp.zeros(_PARTS), shared(1)
   for leaf in jax.tree.leaves(tree):
-    squares = jnp.square(leaf.astype(jnp.float32)).ravel()
+    squares = jnp.square(leaf.astype(jnp.float32).ravel() * one)
     rows = len(squares) // _PARTS
     whole, rest = squares[:rows * _PARTS], squares[rows * _PARTS:]
     if rows > _FEW:

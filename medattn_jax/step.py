@@ -179,8 +179,9 @@ def local_step(
     own_stats = {name: batch_stats[name] for name in trained if name in batch_stats}
     if axis:
       grads, (own_stats, sums) = joining.total(grads, (own_stats, sums), axis, joined, order)
-    own_stats = jax.tree.map(lambda s: s / devices, own_stats)
-    grads, slope = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-8), grads)
+    weight, count = optim.shared(jnp.maximum(sums["weight"], 1e-8)), optim.shared(devices)
+    own_stats = jax.tree.map(lambda s: s / count, own_stats)
+    grads, slope = jax.tree.map(lambda g: g / weight, grads)
     if not axis:
       grads = jax.lax.platform_dependent(grads, cuda=_laid_out, default=lambda x: x)
     images = jnp.maximum(sums["images"], 1)
@@ -227,7 +228,8 @@ def local_step(
 def _laid_out(grads):
   """The same, each kernel's by itself: a GPU's compiler else turns a convolution's gradient as it
   updates the kernel, which then is not done in place, and copies what it has made."""
-  hold = lambda g: jax.lax.optimization_barrier(g.ravel()).reshape(g.shape)
+  one = optim.shared(1)
+  hold = lambda g: jax.lax.optimization_barrier(g.ravel()).reshape(g.shape) * one
   return jax.tree.map(lambda g: hold(g) if g.ndim > 2 and max(g.shape[:-2]) > 1 else g, grads)
 
 

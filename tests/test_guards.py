@@ -12,7 +12,7 @@ import pytest
 
 from medattn_jax import config, experiment, forecast, models
 from medattn_jax.models.norm import Conv
-from medattn_jax.programs import chips, report, traffic
+from medattn_jax.programs import chips, places, report, traffic
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -62,6 +62,8 @@ def products(page, phase):
       around = module.padding or tuple((size - 1) // 2 for size in module.kernel_size)
       seen = map(taps, x.shape[1:3], kernel[:2], (module.stride,) * 2, around)
       found.append(len(x) * math.prod(seen) * kernel[2] * kernel[3])
+    elif isinstance(module, Conv) and context.method_name == "onto":
+      found.append(math.prod(args[1].shape) * module.features)
     elif isinstance(module, nn.Dense) and context.method_name == "__call__":
       found.append(math.prod(x.shape) * module.features)
     return method(*args, **kwargs)
@@ -97,9 +99,17 @@ def copies(path):
   return sum(one.kind == "copy" for one in program[entry].values())
 
 
+def of_no_layer(path):
+  """In a program: kernels of norms, averages and the update, not of what a layer computes."""
+  program, entry = traffic.parse(path.read_text())
+  ran = [one for _, one, _ in traffic.run(program, entry, 1) if one.kind in ("fusion", "copy")]
+  return sum(places.place(report.scope(one, program), 1)[0] == places.REST for one in ran)
+
+
 @pytest.mark.slow
 def test_a_gpu_alone_updates_in_place(tmp_path):
-  """ResNet-50 before its map: a convolution's gradient is turned before it meets the kernel."""
+  """ResNet-50 before its map: a convolution's gradient is turned before it meets the kernel, and
+  kernels of one shape are updated together."""
   wanted = chips.target("h200")
   if reason := chips.missing(wanted):
     pytest.skip(reason)
@@ -108,6 +118,7 @@ def test_a_gpu_alone_updates_in_place(tmp_path):
   found = forecast.of(page, "joint", wanted, keep=str(tmp_path / "program.txt"))
   assert found.report.donated == found.leaves - found.unread  # of the map before this step's
   assert copies(tmp_path / "program.txt") < 20
+  assert (many := of_no_layer(tmp_path / "program.txt")) < 100, many
 
 
 @pytest.mark.slow
@@ -129,6 +140,7 @@ def test_the_whole_step_on_an_accelerators_compiler(target, tmp_path):
     assert not any(one.synchronous for one in found.report.collectives)
     assert copies(tmp_path / "program.txt") < 20
     print(f"{target}: {found.accessed / 1e9:.1f} GB a step")
+    assert (many := of_no_layer(tmp_path / "program.txt")) < 300, many
     assert found.accessed < 42e9  # 43.7 before a residual block's end was one product
   assert not any(one.inside for one in found.report.collectives)
   assert found.report.donated == found.leaves
