@@ -1,15 +1,16 @@
 """What the input pipeline costs over bare JPEG decoding, and how many cores feed an accelerator.
 
 `python -m benchmarks.pipeline [--size=small|full] [--image-size=1230] [--device-rate=N]
-[--patients=16] [--batch=4] [--steps=40] [--threads=N] [--data-dir=DIR] [--data=FOLDER] [--json]
-[--plot=FILE]`
+[--patients=16] [--batch=4] [--steps=40] [--threads=N] [--data-dir=DIR] [--data=FOLDER] [--decoded]
+[--json] [--plot=FILE]`
 
 Draws a set (or takes a prepared one), then times in turns, in one run, `pipeline.train_batches` and
 the bare decoding of as many of the very same JPEGs, already in memory (a missing eye, which the
 pipeline copies, is not counted): by tf.data and TensorFlow's decoder, as parallel, which is what a
 plain pipeline could hope for; and by the pipeline's own decoder, in a thread a core, which do
-nothing else. All have the same pixels. A core's rate is of processor time, so it is fair on a
-machine shared with others. With --device-rate, the images a second that an accelerator takes
+nothing else. All have the same pixels. With --decoded the pipeline reads what `medattn decode`
+keeps beside a set, made here first. A core's rate is of processor time, so it is fair on a machine
+shared with others. With --device-rate, the images a second that an accelerator takes
 (benchmarks.step tells), it says how many such cores that needs, and whether this machine has them:
 input_bound.
 """
@@ -48,6 +49,7 @@ def main() -> None:
   parser.add_argument("--device-rate", type=float, help="images a second of an accelerator")
   parser.add_argument("--data-dir", help="where the drawn set is kept; a temporary folder else")
   parser.add_argument("--data", help="a prepared set to read instead: its folder, of --image-size")
+  parser.add_argument("--decoded", action="store_true", help="read photographs kept decoded")
   flags = rows.parsed(parser, SIZES)
   if flags.device_rate is not None and not flags.device_rate > 0:
     rows.stop("pipeline", f"--device-rate={flags.device_rate:g}; accepted: a number above zero")
@@ -61,7 +63,7 @@ def main() -> None:
 def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
   import simplejpeg
 
-  from medattn_jax.data import pipeline
+  from medattn_jax.data import decoded, pipeline
   from medattn_jax.data.backend import tf
 
   numbers = {"seed": 0, "train": flags.patients, "validation": 0, "test": 0}
@@ -73,6 +75,10 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
     for record in dataset.records("train")
     for jpeg in tf.train.Example.FromString(record).features.feature["images"].bytes_list.value
   ]
+  if flags.decoded and not decoded.find(dataset, "train", flags.image_size, 3):
+    every = pipeline.photographs(
+      dataset, "train", range(len(jpegs)), full_size=flags.image_size, channels=3)
+    decoded.write(dataset, "train", flags.image_size, 3, every)
   options = tf.data.Options()
   options.deterministic = True
   if flags.threads:
@@ -148,7 +154,8 @@ def found(
   wanted = flags.device_rate
   return {
     **rows.row(
-      "pipeline", config={key: getattr(flags, key) for key in ("image_size", "threads", "rounds")},
+      "pipeline", config={key: getattr(flags, key) for key in (
+        "image_size", "threads", "rounds", "decoded")},
       devices=0, device_kind="cpu", batch=flags.batch, dtype="uint8",
       milliseconds=[1000 * one / flags.steps for one in reads], images=images / flags.steps,
       input_bound=None if wanted is None else rate < wanted),
@@ -158,10 +165,14 @@ def found(
     "bytes_per_image": round(size)}
 
 
+def _ours(row: dict[str, Any]) -> str:
+  return "train_batches" + ", kept decoded" * row["config"]["decoded"]
+
+
 def table(row: dict[str, Any]) -> str:
   text = rows.table(("", "images/s", "of a core", "ms a core and image"), [
     (what, row[rate], row[core], 1000 / row[core]) for what, rate, core in (
-      ("train_batches", "images_per_second", "images_per_second_per_core"),
+      (_ours(row), "images_per_second", "images_per_second_per_core"),
       ("bare JPEG decoding", "bare", "bare_per_core"),
       ("the decoder alone", "decoder", "decoder_per_core"))])
   for what, key in (("bare decoding", "bare"), ("the decoder alone", "decoder")):
@@ -181,13 +192,13 @@ def plot(row: dict[str, Any], path: pathlib.Path) -> None:
 
   def draw(panel):
     most = max(2 * row["cores"], (row["cores_for_device_rate"] or 0) + 1)
-    for key, what, style in (("images_per_second_per_core", "train_batches", "-"),
+    for key, what, style in (("images_per_second_per_core", _ours(row), "-"),
                              ("bare_per_core", "bare JPEG decoding", "--"),
                              ("decoder_per_core", "the decoder alone", ":")):
       panel.plot([0, most], [0, most * row[key]], style, color="#4c78a8",
                  label=f"{what}, by processor time")
     panel.plot(row["cores"], row["images_per_second"], "o", color="#4c78a8",
-               label="train_batches, by the clock")
+               label=f"{_ours(row)}, by the clock")
     if row["device_rate"]:
       needed = row["cores_for_device_rate"]
       panel.axhline(row["device_rate"], color="#f58518", linewidth=1)
@@ -200,9 +211,9 @@ def plot(row: dict[str, Any], path: pathlib.Path) -> None:
     panel.grid(alpha=0.3)
     panel.set_title(f"{row['config']['image_size']}² JPEGs of {row['bytes_per_image'] / 1000:.0f} "
                     "kB", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
-  rows.figure(path, 5.2, 3.6, draw)
+  rows.figure(path, 5.2, 4.4, draw)
 
 
 if __name__ == "__main__":

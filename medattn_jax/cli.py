@@ -137,6 +137,11 @@ def make_parser() -> Parser:
   add.add_argument("--drop-duplicates", action="store_true", help="keep one of photographs that "
                    "are the same, where it is tested on; else two splits must not share one")
 
+  add = command("decode", decode, "keep a page's photographs decoded, for hosts with few cores")
+  add.add_argument("--config", required=True, metavar="F", help="a page such as configs/demo.py")
+  add.add_argument("--splits", metavar="SPLIT,…", help="all of the data set by default")
+  add.epilog = "--config.KEY=VALUE changes a key of the page, such as --config.data.full_size=800"
+
   add = command("study", study, "ask something of trained models: medattn study --help")
   names = add.add_subparsers(required=True, metavar="NAME", dest="study", parser_class=Parser)
   for name, (help, options) in studies.STUDIES.items():
@@ -249,6 +254,12 @@ def prepare(flags: argparse.Namespace, rest: Sequence[str]) -> None:
       seed=flags.seed,
       drop_duplicates=flags.drop_duplicates,
   )
+
+
+def decode(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+  from medattn_jax import decode
+
+  decode.run(flags.config, flags.splits, overrides(rest))
 
 
 def study(flags: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -29,7 +29,8 @@ FLOORS = (
   {"step", "bank"},
   {"experiment"},
   {"trained", "train", "evaluate", "explain", "explain_map", "predictor", "export", "doctor",
-   "compiling", "continuation", "fill_bank", "import_weights", "studies", "forecast", "plan"},
+   "compiling", "continuation", "fill_bank", "import_weights", "studies", "forecast", "plan",
+   "decode"},
   {"cli"},
   {"__main__", "__init__"},
 )

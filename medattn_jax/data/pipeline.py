@@ -2,7 +2,8 @@
 
 A training batch is a function of (seed, step) alone: the rows of step s are places s·B … s·B+B-1
 of an endless stream of epochs, each epoch's order is drawn from (seed, epoch), and a run starts at
-any step without reading what it skips. Decoding runs in parallel and in order.
+any step without reading what it skips. Decoding runs in parallel and in order; photographs that are
+kept decoded (decoded.py) are read instead.
 
 A row of a batch is a patient with both eyes, or (pairs=False) a single photograph.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import math
 import sys
 import threading
 import weakref
@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import simplejpeg
 
-from medattn_jax.data import workers
+from medattn_jax.data import decoded, workers
 from medattn_jax.data.backend import tf
+from medattn_jax.data.buffers import Buffers
 from medattn_jax.data.stored import DataSet, open_dataset
 from medattn_jax.errors import UserError
 
@@ -230,8 +231,9 @@ def _batches(
   Numbers from the end of the split on are padding. `ahead` batches are fetched ahead.
 
   tf.data calls `fill` in its threads, in order, each time for some rows. JPEGs of the size asked
-  for are decoded there, where they belong, which spares a copy (.5 ms of 8 at 1230²); TensorFlow
-  decodes what else there is, of which Python would let no more than one at a time.
+  for are decoded there, where they belong, which spares a copy (.5 ms of 8 at 1230²), and what is
+  kept decoded is read there; TensorFlow decodes what else there is, of which Python would let no
+  more than one at a time.
   """
   begun: dict[int, tuple[np.ndarray, Batch]] = {}  # by step; with its numbers
   places_of: dict[int, list[np.ndarray]] = {}  # of what TensorFlow decodes, by the place after it
@@ -239,9 +241,12 @@ def _batches(
   lock = threading.Lock()
   records = dataset.records(split)
   each = None if form.pairs else dataset.places(split)
+  kept = decoded.find(dataset, split, form.size, form.channels)
+  ends = np.cumsum((dataset.levels(split) >= 0).sum(1))  # of examples, in numbers of photographs
   levels = dataset.levels(split) if form.pairs else dataset.photo_levels(split)[:, None]
-  buffers = _Buffers((rows, form.eyes, form.size, form.size, form.channels))
-  in_place = dataset.encoding == "jpeg" and dataset.full_size == form.size
+  buffers = Buffers((rows, form.eyes, form.size, form.size, form.channels))
+  jpeg = dataset.encoding == "jpeg" and dataset.full_size == form.size
+  in_place = kept.read if kept else _decode_jpeg if jpeg else None
   places = range(steps.start * rows, min(steps.stop * rows, _ENDLESS))
   cores = threads or workers.cores()
   chunk = max(1, min(form.group // form.eyes, ahead * rows // max(cores, 2)))
@@ -255,26 +260,33 @@ def _batches(
         begun[step] = asked, {"image": buffers.take(len(begun)), **batch}
       return begun[step]
 
-  def read(first: int, last: int) -> Iterator[tuple[bytes, np.ndarray]]:
-    """The photographs of these rows, and where each belongs: uint8 [1 or 2, F, F, channels]."""
+  def read(first: int, last: int) -> Iterator[tuple[bytes | int, np.ndarray]]:
+    """The photographs of these rows, encoded or, where they are kept decoded, their numbers; and
+    where each belongs: uint8 [1 or 2, F, F, channels]."""
     for place in range(first, last):
       step, row = divmod(place, rows)
       asked, batch = batch_of(step)
       if asked[row] >= len(levels):
         batch["image"][row] = 0
-      elif form.pairs:
-        eyes = range(int(batch["mask"][row].sum()))
-        yield from _read(batch, row, records[int(asked[row])], eyes, dataset)
+        continue
+      if form.pairs:
+        example, eyes = int(asked[row]), range(int(batch["mask"][row].sum()))
       else:
-        example, eye = each[asked[row]]
-        yield from _read(batch, row, records[int(example)], (eye,), dataset)
+        example, eye = map(int, each[asked[row]])
+        eyes = (eye,)
+      found: Sequence[bytes | int] = range(ends[example - 1] if example else 0, ends[example])
+      if form.evaluation or not kept:
+        encoded = _read(batch, row, records[example], eyes, dataset)
+        found = found if kept else encoded
+      for at, eye in enumerate(eyes):  # the last one is that of a missing eye too
+        yield found[eye], batch["image"][row, at : None if at == len(eyes) - 1 else at + 1]
 
   def fill(first: np.ndarray) -> tuple[np.int64, np.ndarray]:
     last, left = min(int(first) + chunk, places.stop), []
     try:
       for content, where in read(int(first), last):
         if in_place:
-          _decode_jpeg(content, where)
+          in_place(content, where)
         else:
           left.append((content, where))
     except UserError as error:
@@ -286,7 +298,7 @@ def _batches(
     places_of[last] = [where for _, where in left]
     return np.int64(last), np.array([content for content, _ in left], object)
 
-  def decoded(first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  def filled_by(first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     last, left = tf.numpy_function(fill, [first], [tf.int64, tf.string], stateful=False)
     shape = [form.size, form.size, form.channels]
     if in_place:
@@ -305,7 +317,7 @@ def _batches(
     options.threading.private_threadpool_size = threads
   # Not from_generator: from then on glibc would keep no array above 128 kB, of nobody's.
   stream = tf.data.Dataset.range(places.start, places.stop, chunk)
-  stream = stream.map(_AS_IT_IS(decoded), num_parallel_calls=min(cores, calls))
+  stream = stream.map(_AS_IT_IS(filled_by), num_parallel_calls=min(cores, calls))
   stream = stream.prefetch(max(1, calls - cores - 1)).with_options(options)
 
   def iterate() -> Iterator[Batch]:
@@ -355,23 +367,21 @@ def _empty(asked: np.ndarray, levels: np.ndarray, form: _Form, most: int) -> Bat
 
 def _read(
   batch: Batch, row: int, record: bytes, eyes: Sequence[int], dataset: DataSet
-) -> Iterator[tuple[bytes, np.ndarray]]:
-  """The photographs of a record that `eyes` counts, each with its place in this row of the batch.
+) -> Sequence[bytes]:
+  """The photographs of a record, which `eyes` counts; what else the batch asks for is filled in.
 
-  The last one's is that of a missing eye too. What else the batch asks for is filled in.
   TensorFlow's own parser takes three times as long, as it copies each photograph.
   """
   feature = tf.train.Example.FromString(record).features.feature
   words = lambda key: feature[key].bytes_list.value
-  images, encoded = batch["image"][row], words("images")
+  encoded = words("images")
   if max(eyes) >= len(encoded):
     raise ValueError(f"{len(encoded)} photographs where the set's index counts {max(eyes) + 1}")
-  for place, eye in enumerate(eyes):
-    yield encoded[eye], images[place : None if place == len(eyes) - 1 else place + 1]
   if "patient" not in batch:
-    return
+    return encoded
   batch["patient"][row] = words("patient")[0].decode()
-  of, scale = np.array(feature["boxes/eye"].int64_list.value), images.shape[1] / dataset.full_size
+  of = np.array(feature["boxes/eye"].int64_list.value)
+  scale = batch["image"].shape[2] / dataset.full_size
   for place, eye in enumerate(eyes):
     for key, name in (("image_id", "image_ids"), ("eye", "eyes")):
       batch[key][row, place] = words(name)[eye].decode()
@@ -380,6 +390,7 @@ def _read(
     batch["boxes"][row, place, : len(own)] = boxes.astype(np.float32) * scale
     types = np.array(feature["boxes/type"].int64_list.value, int)[own]
     batch["box_type"][row, place, : len(own)] = types
+  return encoded
 
 
 def _decode_jpeg(content: bytes, into: np.ndarray) -> None:
@@ -390,37 +401,6 @@ def _decode_jpeg(content: bytes, into: np.ndarray) -> None:
     raise ValueError(f"a photograph of {found.shape[1]}×{found.shape[0]} pixels in a set of "
                      f"{size}×{size}")
   into[1:] = into[0]
-
-
-class _Buffers:
-  """uint8 arrays of one shape, handed out again once nobody refers to them any more.
-
-  A view, and an array JAX made without a copy, hold a reference to what they show. They begin where
-  JAX's CPU needs no copy: at a multiple of 64 bytes.
-  """
-
-  KEPT = 4
-
-  def __init__(self, shape: tuple[int, ...]):
-    self._shape = shape
-    self._arrays: list[np.ndarray] = []  # flat, and larger
-    probe = [object()]
-    self._idle = sys.getrefcount(probe[0])
-
-  def take(self, others: int) -> np.ndarray:
-    """One that is free; so many `others`, beside those KEPT, are not to be forgotten."""
-    for number in range(len(self._arrays)):
-      if sys.getrefcount(self._arrays[number]) == self._idle:
-        return self._shown(number)
-    flat = np.empty(math.prod(self._shape) + 64, np.uint8)
-    self._arrays = [*self._arrays[1 - self.KEPT - others :], flat]
-    del flat
-    return self._shown(-1)
-
-  def _shown(self, number: int) -> np.ndarray:
-    flat = self._arrays[number]
-    start = -flat.__array_interface__["data"][0] % 64
-    return flat[start : start + math.prod(self._shape)].reshape(self._shape)
 
 
 def _decoded(content: tf.Tensor, dataset: DataSet, form: _Form) -> tf.Tensor:

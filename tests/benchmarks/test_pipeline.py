@@ -10,7 +10,7 @@ from benchmarks import pipeline
 
 def row(**changes):
   flags = {"image_size": 400, "threads": None, "rounds": 3, "batch": 4, "steps": 10,
-           "device_rate": None} | changes
+           "device_rate": None, "decoded": False} | changes
   rounds = [((2.0, 3.0), (1.6, 2.5), (1.6, 2.0)), ((1.0, 2.0), (1.0, 2.0), (0.8, 1.0)),
             ((2.0, 2.0), (2.5, 1.6), (2.5, 1.6))]
   return pipeline.found(rounds, 80, argparse.Namespace(**flags), 1234.4)
@@ -36,6 +36,11 @@ def test_an_accelerator_asks_for_cores(rate, bound, cores):
   assert found["input_bound"] is bound and found["cores_for_device_rate"] == cores
   words = f"one accelerator at {rate} images/s needs {cores} such cores; "
   assert words + ("the input" if bound else "the step") in pipeline.table(found)
+
+
+def test_what_is_kept_decoded_is_named():
+  assert "kept decoded" in pipeline.table(row(decoded=True))
+  assert "kept decoded" not in pipeline.table(row())
 
 
 def test_a_rate_of_nothing_is_refused(monkeypatch, capsys):
