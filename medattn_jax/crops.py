@@ -182,23 +182,39 @@ def responses(
 
 def _greedy(maps, row_at, column_at, mask_size, num, mask_all):
   """maps [levels, rows, columns] → centres, levels, strengths of one image's `num` strongest."""
-  levels, rows, _ = maps.shape
+  levels, rows, columns = maps.shape
 
-  def take(maps, _):
+  # What is masked is told by its rows and its columns, a bit for each window: so the maps, far the
+  # largest here, are read once a round and never written.
+  def masked(maps, by_rows, by_columns):
+    return jnp.where((by_rows[..., None] & by_columns) != 0, -jnp.inf, maps)
+
+  def take(maps, hidden, bit):
+    by_rows, by_columns = hidden
     # Rows' maxima first: the large reduction is a plain maximum, the searches are short.
-    best = jnp.argmax(maps.max(2).reshape(-1)).astype(jnp.int32)
+    best = jnp.argmax(masked(maps, by_rows, by_columns).max(2).reshape(-1)).astype(jnp.int32)
     level, row = best // rows, best % rows
-    column = jnp.argmax(maps[level, row]).astype(jnp.int32)
+    line = masked(maps[level, row], by_rows[level, row], by_columns)
+    column = jnp.argmax(line).astype(jnp.int32)
     centre = jnp.stack([row_at[row], column_at[column]])
     first = centre - mask_size // 2
     in_rows = (row_at >= first[0]) & (row_at < first[0] + mask_size)
     in_columns = (column_at >= first[1]) & (column_at < first[1] + mask_size)
     in_levels = mask_all | (jnp.arange(levels) == level)
-    masked = in_levels[:, None, None] & in_rows[:, None] & in_columns
-    found = (centre, level + 1, maps[level, row, column])
-    return jnp.where(masked, -jnp.inf, maps), found
+    more = in_levels[:, None] & in_rows
+    hidden = jnp.where(more, by_rows | bit, by_rows), jnp.where(
+      in_columns, by_columns | bit, by_columns)
+    return hidden, (centre, level + 1, line[column])
 
-  return jax.lax.scan(take, maps, length=num)[1]
+  found = []
+  for done in range(0, num, 32):
+    bits = jnp.uint32(1) << jnp.arange(min(32, num - done), dtype=jnp.uint32)
+    none = jnp.zeros((levels, rows), jnp.uint32), jnp.zeros(columns, jnp.uint32)
+    hidden, some = jax.lax.scan(functools.partial(take, maps), none, bits)
+    found.append(some)
+    if num > done + 32:
+      maps = masked(maps, *hidden)
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
 
 def cell_edges(cells: int, image_size: int, full_size: int, coords: str) -> np.ndarray:

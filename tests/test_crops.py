@@ -77,6 +77,15 @@ def test_ties_fall_by_the_rule(height, width, size, mask, count, scope):
     np.testing.assert_array_equal(centres, wanted)
 
 
+@pytest.mark.parametrize(("scope", "number"), [("level", 40), ("all", 70)])
+def test_more_windows_than_a_word_has_bits(scope, number):
+  maps = maps_with_ties(np.random.default_rng(0), 12, 8, 8)
+  found = np.asarray(select(maps.astype(np.float32), 32, 4, number, scope))
+  for one, centres in zip(maps, found, strict=True):
+    np.testing.assert_array_equal(
+      centres, reference(one, 32, 4, number, scope, whole_number_resize))
+
+
 @pytest.mark.parametrize("scope", ["level", "all"])
 def test_any_maps_at_the_papers_sizes(scope):
   maps = np.random.default_rng(0).normal(size=(30, 14, 14, 5)).astype(np.float32)
