@@ -88,6 +88,18 @@ def shared(number: Any) -> jax.Array:
   return jax.lax.platform_dependent(jnp.float32(number), cuda=read, default=lambda x: x)
 
 
+def divided(gradients: Any, weight: jax.Array) -> Any:
+  """Sums of gradients, divided by the sum of their weights (by 1e-8 where that is none)."""
+  def plain(tree, weight):
+    return jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), tree)
+
+  def on_cuda(tree, weight):
+    weight = shared(jnp.maximum(weight, 1e-8))
+    return jax.tree.map(lambda g: g / weight, tree)
+
+  return jax.lax.platform_dependent(gradients, weight, cuda=on_cuda, default=plain)
+
+
 def norm(tree: Any) -> jax.Array:
   """The root of the sum of a tree's squares, float32."""
   return jax.lax.platform_dependent(tree, cuda=_norm_by_parts, default=optax.tree.norm)

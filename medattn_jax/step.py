@@ -179,9 +179,9 @@ def local_step(
     own_stats = {name: batch_stats[name] for name in trained if name in batch_stats}
     if axis:
       grads, (own_stats, sums) = joining.total(grads, (own_stats, sums), axis, joined, order)
-    weight, count = optim.shared(jnp.maximum(sums["weight"], 1e-8)), optim.shared(devices)
+    count = optim.shared(devices)
     own_stats = jax.tree.map(lambda s: s / count, own_stats)
-    grads, slope = jax.tree.map(lambda g: g / weight, grads)
+    grads, slope = optim.divided(grads, sums["weight"])
     if not axis:
       grads = jax.lax.platform_dependent(grads, cuda=_laid_out, default=lambda x: x)
     images = jnp.maximum(sums["images"], 1)

@@ -91,6 +91,12 @@ def test_a_gpu_reads_from_a_vector_what_many_leaves_share():
   assert "optimization_barrier" not in on["cpu"]
 
 
+def test_gradients_are_divided_by_their_weights():
+  found = optim.divided(leaves(), jnp.float32(3))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b / np.float32(3)), found, leaves())
+  assert (optim.divided({"a": jnp.zeros(2)}, jnp.float32(0))["a"] == 0).all()
+
+
 @pytest.mark.parametrize("most", [0.5, 1e6])
 def test_clipping_is_optaxs(most):
   theirs, _ = optax.clip_by_global_norm(most).update(leaves(), optax.EmptyState())

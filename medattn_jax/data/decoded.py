@@ -14,8 +14,7 @@ import os
 import pathlib
 import shutil
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -113,8 +112,7 @@ def write(
       for image in photographs:
         sums.append(checksum(image.reshape(-1)))
         file.write(image)
-    told: Mapping[str, Any] = {"set": _name(dataset), "sums": sums}
-    files.write_json(path.with_suffix(".json"), told)
+    files.write_json(path.with_suffix(".json"), {"set": _name(dataset), "sums": sums})
   return path
 
 
