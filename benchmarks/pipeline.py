@@ -63,7 +63,7 @@ def main() -> None:
 def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
   import simplejpeg
 
-  from medattn_jax.data import decoded, pipeline
+  from medattn_jax.data import pipeline
   from medattn_jax.data.backend import tf
 
   numbers = {"seed": 0, "train": flags.patients, "validation": 0, "test": 0}
@@ -75,10 +75,8 @@ def measure(flags: argparse.Namespace, data_dir: str) -> dict[str, Any]:
     for record in dataset.records("train")
     for jpeg in tf.train.Example.FromString(record).features.feature["images"].bytes_list.value
   ]
-  if flags.decoded and not decoded.find(dataset, "train", flags.image_size, 3):
-    every = pipeline.photographs(
-      dataset, "train", range(len(jpegs)), full_size=flags.image_size, channels=3)
-    decoded.write(dataset, "train", flags.image_size, 3, every)
+  if flags.decoded:
+    pipeline.keep_decoded(dataset, "train", flags.image_size, 3)
   options = tf.data.Options()
   options.deterministic = True
   if flags.threads:

@@ -35,8 +35,6 @@ def run(path: str, splits: str | None, overrides: Sequence[tuple[str, str]]) -> 
       continue
     console.say(f"decoding {of}")
     start = time.monotonic()
-    read = pipeline.photographs(
-      dataset, split, range(count), full_size=size, channels=channels)
-    decoded.write(dataset, split, size, channels, read)
+    pipeline.keep_decoded(dataset, split, size, channels)
     print(f"{of}, decoded in {time.monotonic() - start:.1f} s")
   print(f"{dataset.folder / decoded.FOLDER}: is read from now on; remove it to go back")

@@ -90,7 +90,7 @@ def shared(number: Any) -> jax.Array:
 
 def divided(gradients: Any, weight: jax.Array) -> Any:
   """Sums of gradients, divided by the sum of their weights (by 1e-8 where that is none)."""
-  def plain(tree, weight):
+  def plain(tree, weight):  # each its maximum: one for all a CPU fuses, and rounds, otherwise
     return jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), tree)
 
   def on_cuda(tree, weight):

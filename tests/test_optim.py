@@ -83,9 +83,9 @@ def test_a_gpus_norm_is_the_norm():
 
 
 def test_a_gpu_reads_from_a_vector_what_many_leaves_share():
-  third = lambda x: optim.shared(3) * x
-  assert third(2.0) == 6 and optim.shared(3).dtype == jnp.float32
-  on = {kind: jax.jit(third).trace(2.0).lower(lowering_platforms=(kind,)).as_text()
+  thrice = lambda x: optim.shared(3) * x
+  assert thrice(2.0) == 6 and optim.shared(3).dtype == jnp.float32
+  on = {kind: jax.jit(thrice).trace(2.0).lower(lowering_platforms=(kind,)).as_text()
         for kind in ("cuda", "cpu")}
   assert "optimization_barrier" in on["cuda"] and "2xf32" in on["cuda"]
   assert "optimization_barrier" not in on["cpu"]

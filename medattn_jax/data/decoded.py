@@ -43,14 +43,14 @@ class Decoded:
 
   def read(self, number: int, into: np.ndarray) -> None:
     """Reads a photograph into uint8 [n, F, F, C], n times. Raises UserError where it is damaged."""
-    flat = into[0].reshape(-1)
+    flat = memoryview(into[0]).cast("B")  # never a copy
     there, start = 0, number * self._size
     while there < self._size:
       more = os.preadv(self._file, [flat[there:]], start + there)
       if not more:
         raise self._damaged(f"photograph {number} ends early")
       there += more
-    if checksum(flat) != self._sums[number]:
+    if checksum(np.asarray(flat)) != self._sums[number]:
       raise self._damaged(f"photograph {number} is not what was written")
     into[1:] = into[0]
 
@@ -88,10 +88,10 @@ def find(dataset: DataSet, split: str, size: int, channels: int) -> Decoded | No
 
 def write(
   dataset: DataSet, split: str, size: int, channels: int, photographs: Iterable[np.ndarray]
-) -> pathlib.Path:
+) -> None:
   """Keeps all photographs of a split, uint8 [size, size, channels] in the order of their numbers.
 
-  Another process that does the same waits. Returns the file of their bytes.
+  Another process that does the same waits.
 
   Raises:
     UserError: the disk has no room for them. OSError: it cannot be written to.
@@ -100,9 +100,9 @@ def write(
   needed = len(dataset.photo_levels(split)) * size * size * channels
   with prepared.exclusive(path.parent / ".lock", wait=True):
     if find(dataset, split, size, channels):  # by another process, meanwhile
-      return path
-    for left in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
-      left.unlink()
+      return
+    for left in (*path.parent.glob(f".{path.name}.*.part"), path):  # by one that was killed
+      left.unlink(missing_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
       raise UserError(f"{path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free "
@@ -113,7 +113,6 @@ def write(
         sums.append(checksum(image.reshape(-1)))
         file.write(image)
     files.write_json(path.with_suffix(".json"), {"set": _name(dataset), "sums": sums})
-  return path
 
 
 def checksum(flat: np.ndarray) -> int:

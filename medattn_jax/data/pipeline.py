@@ -27,8 +27,8 @@ from medattn_jax.data.buffers import Buffers
 from medattn_jax.data.stored import DataSet, open_dataset
 from medattn_jax.errors import UserError
 
-__all__ = ["Batch", "DataSet", "epoch_order", "eval_batches", "open_dataset", "photographs"]
-__all__ += ["train_batches"]
+__all__ = ["Batch", "DataSet", "epoch_order", "eval_batches", "keep_decoded", "open_dataset"]
+__all__ += ["photographs", "train_batches"]
 
 Batch = dict[str, np.ndarray]
 
@@ -161,6 +161,17 @@ def photographs(
   return (shown(batch["image"][0, 0]) for batch in stream)
 
 
+def keep_decoded(dataset: DataSet, split: str, full_size: int, channels: int) -> None:
+  """Decodes a split once; streams of this size and these channels read that from then on.
+
+  Raises:
+    UserError: as `photographs` and `decoded.write` do.
+  """
+  every = range(len(dataset.photo_levels(split)))
+  read = photographs(dataset, split, every, full_size=full_size, channels=channels)
+  decoded.write(dataset, split, full_size, channels, read)
+
+
 def epoch_order(
   count: int, seed: int, epoch: int, levels: np.ndarray | None = None
 ) -> np.ndarray:
@@ -242,7 +253,8 @@ def _batches(
   records = dataset.records(split)
   each = None if form.pairs else dataset.places(split)
   kept = decoded.find(dataset, split, form.size, form.channels)
-  ends = np.cumsum((dataset.levels(split) >= 0).sum(1))  # of examples, in numbers of photographs
+  counts = (dataset.levels(split) >= 0).sum(1)
+  first_of = np.cumsum(counts) - counts  # the number of each example's first photograph
   levels = dataset.levels(split) if form.pairs else dataset.photo_levels(split)[:, None]
   buffers = Buffers((rows, form.eyes, form.size, form.size, form.channels))
   jpeg = dataset.encoding == "jpeg" and dataset.full_size == form.size
@@ -274,12 +286,11 @@ def _batches(
       else:
         example, eye = map(int, each[asked[row]])
         eyes = (eye,)
-      found: Sequence[bytes | int] = range(ends[example - 1] if example else 0, ends[example])
       if form.evaluation or not kept:
         encoded = _read(batch, row, records[example], eyes, dataset)
-        found = found if kept else encoded
       for at, eye in enumerate(eyes):  # the last one is that of a missing eye too
-        yield found[eye], batch["image"][row, at : None if at == len(eyes) - 1 else at + 1]
+        where = batch["image"][row, at : None if at == len(eyes) - 1 else at + 1]
+        yield int(first_of[example]) + eye if kept else encoded[eye], where
 
   def fill(first: np.ndarray) -> tuple[np.int64, np.ndarray]:
     last, left = min(int(first) + chunk, places.stop), []
