@@ -7,7 +7,6 @@ of devices as long as each holds whole groups.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -194,8 +193,7 @@ class Conv(nn.Module):
     """x + scale · (the 1×1 convolution of y, with its bias).
 
     What is scaled is the kernel and the bias, which are small. On a GPU all is one product: pixels
-    are rows there, as XLA adds nothing to one that lies otherwise without a copy. (The sum of the
-    bias's gradient in another pass would make that one read and write number by number.)
+    are rows there, as XLA adds nothing to one that lies otherwise without a copy.
     """
     kernel, bias = self.weights(y.shape[-1])
     kernel, bias = kernel * scale, bias * scale
@@ -205,8 +203,8 @@ class Conv(nn.Module):
 
     def on_cuda(x, y, kernel, bias):
       rows = lambda array: array.reshape(-1, array.shape[-1])
-      product = rows(y.astype(self.dtype)) @ kernel[0, 0].astype(self.dtype)
-      return add_bias(rows(x) + product, bias, True).reshape(x.shape)
+      return convolution.add_product(
+        rows(x), rows(y.astype(self.dtype)), kernel[0, 0], bias).reshape(x.shape)
 
     return jax.lax.platform_dependent(x, y, kernel, bias, cuda=on_cuda, default=plain)
 
@@ -215,29 +213,17 @@ class Conv(nn.Module):
     return dear(_convolve(self, x, kernel))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def add_bias(
-  y: Float[Array, "*b c"], bias: Float[Array, " c"], apart: bool = False,
-) -> Float[Array, "*b c"]:
-  """y + bias in y's dtype; the bias's gradient is summed in float32 (JAX's own in y's dtype).
-
-  Args:
-    apart: the sum is no part of the pass that y's gradient is read in next.
-  """
-  del apart
+@jax.custom_vjp
+def add_bias(y: Float[Array, "*b c"], bias: Float[Array, " c"]) -> Float[Array, "*b c"]:
+  """y + bias in y's dtype; the bias's gradient is summed in float32 (JAX's own in y's dtype)."""
   return y + bias.astype(y.dtype)
 
 
-def _add_bias_forward(y, bias, apart):
-  return add_bias(y, bias, apart), None
+def _add_bias_backward(_, gradient):
+  return gradient, gradient.astype(jnp.float32).sum(range(gradient.ndim - 1))
 
 
-def _add_bias_backward(apart, _, gradient):
-  summed = jax.lax.optimization_barrier(gradient) if apart else gradient
-  return gradient, summed.astype(jnp.float32).sum(range(gradient.ndim - 1))
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _add_bias_backward)
 
 
 def _convolve(conv, x, kernel):

@@ -58,12 +58,14 @@ def _gathered_forward(x, size, stride, around, sides):
   padded = jnp.pad(x, ((0, 0), *around, (0, 0)), constant_values=-jnp.inf)
   ends = [(side - size) // stride * stride + 1 for side in padded.shape[1:3]]
   best = which = None
-  for number, (row, column) in enumerate(np.ndindex(size, size)):
+  # From the last: of equals the first wins, and a GPU, whose addresses begin at the pixel that is
+  # read last here, reads four numbers at a time.
+  for number, (row, column) in reversed([*enumerate(np.ndindex(size, size))]):
     one = padded[:, row:row + ends[0]:stride, column:column + ends[1]:stride]
     if best is None:
-      best, which = one, jnp.zeros(one.shape, jnp.uint8)
+      best, which = one, jnp.full(one.shape, number, jnp.uint8)
     else:
-      which = jnp.where(one > best, jnp.uint8(number), which)
+      which = jnp.where(one >= best, jnp.uint8(number), which)
       best = jnp.maximum(best, one)
   # One pass makes both: free, the compiler makes one for each.
   return jax.lax.optimization_barrier((best, which))

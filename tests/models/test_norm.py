@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medattn_jax.models import blocks
+from medattn_jax.models import blocks, convolution
 from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias
 from medattn_jax.models.pooling import max_pool
 
@@ -274,3 +274,26 @@ def test_a_scaled_convolution_added_to_what_there_is():
   params = {"params": {key: value.astype(np.float32) for key, value in params.items()}}
   found = conv.apply(params, x, y, 0.3, method=conv.onto)
   np.testing.assert_allclose(found, x + 0.3 * conv.apply(params, y), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpus_one_product_is_what_a_plain_loop_gives(a_gpus_ways):
+  """With all gradients; the bias's and the kernel's are summed and kept in float32."""
+  rng = np.random.default_rng(0)
+  x, y = (rng.normal(size=(2, 5, 3, c)).astype(np.float32) for c in (6, 4))
+  conv = Conv(6, use_bias=True)
+  params = {"kernel": rng.normal(size=(1, 1, 4, 6)), "bias": rng.normal(size=6)}
+  params = {key: value.astype(np.float32) for key, value in params.items()}
+
+  def loss(params, x, y, conv=conv):
+    return jnp.sum(jnp.sin(conv.apply({"params": params}, x, y, 0.3, method=conv.onto)))
+
+  plain = jax.grad(loss, (0, 1, 2))(params, x, y)
+  a_gpus_ways()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+               plain, jax.grad(loss, (0, 1, 2))(params, x, y))
+  product = lambda kernel, bias: convolution.add_product(
+    jnp.zeros((1001, 6), jnp.bfloat16), jnp.ones((1001, 4), jnp.bfloat16), kernel, bias)
+  out, back = jax.vjp(product, params["kernel"][0, 0], params["bias"])
+  for gradient in back(jnp.ones_like(out)):
+    np.testing.assert_array_equal(gradient, np.full(gradient.shape, 1001, np.float32))
+  assert out.dtype == jnp.bfloat16
