@@ -141,6 +141,6 @@ def test_the_whole_step_on_an_accelerators_compiler(target, tmp_path):
     assert copies(tmp_path / "program.txt") < 20
     print(f"{target}: {found.accessed / 1e9:.1f} GB a step")
     assert (many := of_no_layer(tmp_path / "program.txt")) < 300, many
-    assert found.accessed < 42e9  # 43.7 before a residual block's end was one product
+    assert found.accessed < 39e9  # 40.8 before sums kept it busy and biases were part of kernels
   assert not any(one.inside for one in found.report.collectives)
   assert found.report.donated == found.leaves

@@ -8,6 +8,7 @@ says which of them there are, and `count` how many numbers of a channel a group 
 from __future__ import annotations
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -51,7 +52,35 @@ def _sums_at_once(parts, inside):
   parts = [one if inside is None else jnp.where(inside, one, 0) for one in parts]
   zeros = [jnp.zeros((), jnp.float32)] * len(parts)
   add = lambda a, b: tuple(one + other for one, other in zip(a, b, strict=True))
+  shape = parts[0].shape
+  pieces = _pieces(math.prod(shape[1:3]), shape[0] * -(-shape[3] // _WIDTH))
+  if pieces > 1:
+    first = jax.lax.reduce([one.reshape(shape[0], pieces, -1, shape[3]) for one in parts],
+                           zeros, add, (2,))
+    parts = [one[:, :, None] for one in jax.lax.optimization_barrier(first)]
   return tuple(one[:, None, None] for one in jax.lax.reduce(parts, zeros, add, (1, 2)))
+
+
+_BUSY = 200  # blocks of threads: a GPU has up to 132 multiprocessors, each room for two
+_WIDTH = 128  # columns of a block
+_WHOLE = 4096  # rows; XLA sums no more of them in pieces of its own
+_FEW = 8  # rows
+
+
+@functools.cache
+def _pieces(rows, blocks):
+  """In how many pieces the rows are summed first, for a GPU to be busy; 1 leaves it to XLA.
+
+  `blocks` sum side by side as it is. (Where few do, XLA also writes what it sums, in float32.)
+  """
+  fitting = [n for n in range(1, rows // _FEW + 1) if rows % n == 0] or [1]
+  if rows > _WHOLE:
+    root = math.isqrt(rows)
+    power = 1 << root.bit_length() - 1
+    own = power if power in fitting else max(n for n in fitting if n <= root)
+    if own * blocks >= _BUSY:
+      return 1
+  return next((n for n in fitting if n * blocks >= _BUSY), fitting[-1])
 
 
 # The gradient in closed form: it keeps only `x` and [G, C] numbers for the backward pass, and

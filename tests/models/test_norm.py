@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medattn_jax.models import blocks, convolution
+from medattn_jax.models import blocks, convolution, moments
 from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias
 from medattn_jax.models.pooling import max_pool
 
@@ -297,3 +297,23 @@ def test_a_gpus_one_product_is_what_a_plain_loop_gives(a_gpus_ways):
   for gradient in back(jnp.ones_like(out)):
     np.testing.assert_array_equal(gradient, np.full(gradient.shape, 1001, np.float32))
   assert out.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("rows", "blocks", "pieces"), [
+  (8 * 59**2, 1, 236), (8 * 29**2, 2, 116), (8 * 14**2, 2, 112), (128 * 10**2, 3, 80),
+  (128 * 59**2, 1, 1), (32 * 29**2, 2, 1), (8 * 29**2, 8, 1), (256 * 14**2, 8, 1), (7 * 11, 1, 7),
+  (13, 1, 1), (1, 1, 1)])
+def test_in_how_many_pieces_a_gpu_sums(rows, blocks, pieces):
+  """Enough to be busy, where XLA's own would be fewer than 200 with those beside them."""
+  assert moments._pieces(rows, blocks) == pieces
+
+
+def test_sums_in_pieces_are_the_sums():
+  rng = np.random.default_rng(0)
+  one, other = (rng.normal(size=(2, 4, 16, 3)).astype(np.float32) for _ in range(2))
+  assert moments._pieces(4 * 16, 2) == 8
+  for inside in (None, rng.random((16, 3)) < 0.5):
+    found = moments._sums_at_once((one, other), inside)
+    for x, total in zip((one, other), found, strict=True):
+      wanted = np.where(True if inside is None else inside, x, 0).sum((1, 2), keepdims=True)
+      np.testing.assert_allclose(total, wanted, rtol=1e-5, atol=1e-5)
