@@ -84,8 +84,16 @@ def parts(sizes: Sequence[int], order: Sequence[int]) -> list[list[int]]:
   return [group for group in groups if group]
 
 
+def taps(leaf: jax.Array) -> bool:
+  """Whether it is a convolution's kernel, or its gradient, of more than one pixel."""
+  return leaf.ndim == 4 and max(leaf.shape[:2]) > 1
+
+
 def _in_parts(gradients, rest, axis, order):
   leaves, structure = jax.tree.flatten(gradients)
+  # As a GPU's convolutions give them, [out, height, width, in]: turned one by one before the sum,
+  # they are a kernel each; after it those of one shape are turned together.
+  leaves = [leaf.transpose(3, 0, 1, 2) if taps(leaf) else leaf for leaf in leaves]
   groups = parts([leaf.size * leaf.dtype.itemsize for leaf in leaves], order)
   found, before = {}, None
   for number, group in enumerate(groups):
@@ -99,4 +107,6 @@ def _in_parts(gradients, rest, axis, order):
     some, more = unravel(before)
     found |= some
     rest = more or rest
-  return jax.tree.unflatten(structure, [found[i] for i in range(len(leaves))]), rest
+  summed = jax.tree.unflatten(structure, [found[i] for i in range(len(leaves))])
+  return jax.tree.map(lambda one, as_it_was: one.transpose(1, 2, 3, 0) if taps(as_it_was) else one,
+                      summed, gradients), rest

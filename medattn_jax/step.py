@@ -182,7 +182,7 @@ def local_step(
     count = optim.shared(devices)
     own_stats = jax.tree.map(lambda s: s / count, own_stats)
     grads, slope = optim.divided(grads, sums["weight"])
-    if not axis:
+    if not axis or order is not None:
       grads = jax.lax.platform_dependent(grads, cuda=_laid_out, default=lambda x: x)
     images = jnp.maximum(sums["images"], 1)
     metrics = {
@@ -230,7 +230,7 @@ def _laid_out(grads):
   updates the kernel, which then is not done in place, and copies what it has made."""
   one = optim.shared(1)
   hold = lambda g: jax.lax.optimization_barrier(g.ravel()).reshape(g.shape) * one
-  return jax.tree.map(lambda g: hold(g) if g.ndim > 2 and max(g.shape[:-2]) > 1 else g, grads)
+  return jax.tree.map(lambda g: hold(g) if joining.taps(g) else g, grads)
 
 
 def make_train_step(

@@ -55,7 +55,7 @@ def test_every_way_gives_the_same_sums(monkeypatch, summed):
   monkeypatch.setattr(joining, "_LEAST", 300)
   mesh = sharding.mesh()
   rng = np.random.default_rng(0)
-  shapes = {"a": (8, 3, 40), "b": (8, 500), "c": (8, 20, 20), "d": (8, 4), "e": (8, 30, 12)}
+  shapes = {"a": (8, 3, 40), "b": (8, 500), "c": (8, 20, 20), "d": (8, 4), "e": (8, 3, 2, 10, 6)}
   gradients = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
   rest = {"sums": rng.normal(size=8).astype(np.float32), "of": rng.normal(size=(8, 7))}
   rest["of"] = rest["of"].astype(np.float32)
@@ -69,7 +69,7 @@ def test_every_way_gives_the_same_sums(monkeypatch, summed):
 
   for way, given, shapes in (
       ("vector", None, ["1392"]),
-      ("kernels", None, ["20x20", "30x12", "3x40", "512"]),
+      ("kernels", None, ["20x20", "3x2x10x6", "3x40", "512"]),
       ("parts", None, ["1392"]),  # as where a loop gives all at once
       ("parts", order, ["1268", "124"])):
     lowered = joined(way, given)
