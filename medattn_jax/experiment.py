@@ -17,7 +17,7 @@ from medattn_jax import initial, models, optim, processes, sharding
 from medattn_jax.bank import Bank
 from medattn_jax.errors import UserError, nearest
 from medattn_jax.models import weights
-from medattn_jax.step import State, make_eval_step, make_train_step
+from medattn_jax.step import State, make_eval_step, make_train_step, with_kernels_together
 
 if TYPE_CHECKING:  # any page of attributes will do: steps run where ml_collections is not installed
   import ml_collections
@@ -66,6 +66,8 @@ class Experiment:
       own = {self.common.branch: config.attention.learning_rate}
       self.optimizer = optim.apart(self.optimizer, own)
     self.apply = functools.partial(self.model.apply, phase=phase)
+    if platform == "gpu":
+      self.apply = with_kernels_together(self.apply, self.model.dtype)
     self.eval_step = make_eval_step(self.apply, self.mesh, STOPS)
 
   @functools.cached_property

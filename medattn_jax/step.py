@@ -225,6 +225,29 @@ def local_step(
   return local
 
 
+def with_kernels_together(apply: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+  """apply(variables, …), for a GPU, of a model whose layers cast their float32 kernels to `dtype`.
+
+  Convolutions read theirs as [out, height, width, in]. What each layer casts and turns by itself is
+  a kernel of the GPU each; here those of one shape are one. The numbers are the same.
+  """
+
+  @jax.custom_vjp
+  def read(kernel, one):
+    turned = (kernel * one).astype(dtype).transpose(3, 0, 1, 2)
+    turned = jax.lax.optimization_barrier(turned.ravel()).reshape(turned.shape)
+    return turned.transpose(1, 2, 3, 0).astype(kernel.dtype)
+
+  read.defvjp(lambda *given: (read(*given), None), lambda _, g: (g, jnp.zeros((), g.dtype)))
+
+  def applied(variables, *args, **options):
+    one = optim.shared(1)
+    params = jax.tree.map(lambda p: read(p, one) if joining.taps(p) else p, variables["params"])
+    return apply({**variables, "params": params}, *args, **options)
+
+  return applied
+
+
 def _laid_out(grads):
   """The same, each kernel's by itself: a GPU's compiler else turns a convolution's gradient as it
   updates the kernel, which then is not done in place, and copies what it has made."""

@@ -199,6 +199,25 @@ def test_gradients_in_parts_give_the_same_numbers(monkeypatch, summed):
   assert sizes == [2 * (25 + 4) + 108 + 2 * 4 + 4, 108]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gpus_kernels_are_the_same_numbers(dtype):
+  """In another layout at once instead of in each layer; with their gradients."""
+  conv, dense = nn.Conv(4, (3, 3), dtype=dtype, use_bias=False), nn.Dense(5, dtype=dtype)
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  apply = lambda variables, x: dense.apply(
+    {"params": variables["params"]["dense"]},
+    nn.relu(conv.apply({"params": variables["params"]["conv"]}, x)).mean((1, 2)))
+  params = {"conv": conv.init(jax.random.key(0), x)["params"],
+            "dense": dense.init(jax.random.key(1), np.zeros((1, 4)))["params"]}
+  loss = lambda params, apply: jnp.sum(jnp.sin(apply({"params": params}, x).astype(jnp.float32)))
+  both = [jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, way)
+          for way in (apply, steps.with_kernels_together(apply, dtype))]
+  assert_close(*both, rtol=1e-6, atol=1e-6)
+  text = jax.jit(steps.with_kernels_together(apply, dtype)).lower({"params": params}, x).as_text()
+  held = [line for line in text.splitlines() if "optimization_barrier" in line and "108x" in line]
+  assert len(held) == 1 and ("bf16" in held[0]) == (dtype == jnp.bfloat16)
+
+
 @pytest.mark.slow
 def test_a_device_alone_joins_nothing():
   """No all-reduce, and no vector of all gradients that one would need."""
