@@ -63,8 +63,8 @@ def _sums_at_once(parts, inside):
 
 _BUSY = 200  # blocks of threads: a GPU has up to 132 multiprocessors, each room for two
 _WIDTH = 128  # columns of a block
-_WHOLE = 4096  # rows; XLA sums no more of them in pieces of its own
-_FEW = 8  # rows
+_WHOLE = 4096  # rows; up to so many XLA sums in one piece
+_FEW = 8  # rows; no piece has fewer
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def _pieces(rows, blocks):
   """
   fitting = [n for n in range(1, rows // _FEW + 1) if rows % n == 0] or [1]
   if rows > _WHOLE:
-    root = math.isqrt(rows)
+    root = math.isqrt(rows)  # XLA's pieces: a power of two below it, or else a divisor
     power = 1 << root.bit_length() - 1
     own = power if power in fitting else max(n for n in fitting if n <= root)
     if own * blocks >= _BUSY:
