@@ -73,14 +73,15 @@ def _pieces(rows, blocks):
 
   `blocks` sum side by side as it is. (Where few do, XLA also writes what it sums, in float32.)
   """
-  fitting = [n for n in range(1, rows // _FEW + 1) if rows % n == 0] or [1]
+  fitting = lambda numbers: (n for n in numbers if rows % n == 0)
   if rows > _WHOLE:
     root = math.isqrt(rows)  # XLA's pieces: a power of two below it, or else a divisor
-    power = 1 << root.bit_length() - 1
-    own = power if power in fitting else max(n for n in fitting if n <= root)
+    own = next(fitting([1 << root.bit_length() - 1, *range(root, 0, -1)]))
     if own * blocks >= _BUSY:
       return 1
-  return next((n for n in fitting if n * blocks >= _BUSY), fitting[-1])
+  most = rows // _FEW
+  enough = fitting(range(-(-_BUSY // blocks), most + 1))
+  return next(enough, None) or next(fitting(range(most, 0, -1)), 1)
 
 
 # The gradient in closed form: it keeps only `x` and [G, C] numbers for the backward pass, and
