@@ -38,7 +38,8 @@ class Compiling:
     self._tracing = threading.Lock()
     self._pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
     self._steps: dict[str, concurrent.futures.Future] = {}
-    self._answers: list[concurrent.futures.Future] = []
+    self._is_traced: dict[str, threading.Event] = {}
+    self._answers: dict[str, concurrent.futures.Future] = {}
 
   def __enter__(self) -> Compiling:
     return self
@@ -47,13 +48,24 @@ class Compiling:
     # Who stops the run does not wait for the compiler.
     self._pool.shutdown(wait=False, cancel_futures=True)
 
+  def begin(self, now: Experiment) -> None:
+    """Has the phase's train step compiled; returns as soon as it is traced, or has failed.
+
+    For a run that has Python to do, such as an import, while XLA works: to trace beside that would
+    take both as long, and XLA would begin later.
+    """
+    self._ask_step(now)
+    self._is_traced[now.phase].wait()
+
   def ask(self, *phases: Experiment) -> None:
     """Has the programs of these phases compiled; those asked for before are not compiled again."""
     new = [now for now in phases if now.phase not in self._steps]
     # The first is waited for; of the others what takes longest begins first.
     for now in [*new[:1], *sorted(new[1:], key=lambda now: -len(now.trained))]:
-      self._steps[now.phase] = self._pool.submit(self._train_step, now)
-    self._answers += [self._pool.submit(self._eval_step, now) for now in new]
+      self._ask_step(now)
+    for now in phases:
+      if now.phase not in self._answers:
+        self._answers[now.phase] = self._pool.submit(self._eval_step, now)
 
   def step(self, now: Experiment) -> Compiled:
     """The phase's train step, once it is ready. Raises what compiling it raised."""
@@ -61,9 +73,19 @@ class Compiling:
     program, seconds = self._steps[now.phase].result()
     return Compiled(heap.Kept(program), seconds)
 
+  def _ask_step(self, now: Experiment) -> None:
+    self._is_traced[now.phase] = threading.Event()
+    self._steps[now.phase] = self._pool.submit(self._train_step, now)
+
   def _train_step(self, now: Experiment) -> Compiled:
     start = time.monotonic()
-    lower = lambda: self._traced(now.lower_train_step)
+
+    def lower():
+      try:
+        return self._traced(now.lower_train_step)
+      finally:
+        self._is_traced[now.phase].set()
+
     if jax.default_backend() == "cpu" and _large(now):
       program = onednn.compiled(lower)
     else:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import ml_collections
 import numpy as np
 
 from medattn_jax import bank, console, experiment, models, sharding
-from medattn_jax.data import pipeline
+
+if TYPE_CHECKING:
+  from medattn_jax.data.stored import DataSet
 
 
-def check(config: ml_collections.ConfigDict, dataset: pipeline.DataSet) -> None:
+def check(config: ml_collections.ConfigDict, dataset: DataSet) -> None:
   """Raises UserError unless the run's bank, if it has one, can be made and fits the devices."""
   for phase in experiment.phases(config):
     if _reads_bank(config, phase):
@@ -20,7 +23,7 @@ def check(config: ml_collections.ConfigDict, dataset: pipeline.DataSet) -> None:
 
 
 def of_phase(
-  config: ml_collections.ConfigDict, phase: str, dataset: pipeline.DataSet
+  config: ml_collections.ConfigDict, phase: str, dataset: DataSet
 ) -> bank.Bank | None:
   """The bank that a phase trains with, on all devices; None where it reads none.
 
@@ -52,7 +55,7 @@ def _reads_bank(config: ml_collections.ConfigDict, phase: str) -> bool:
 
 
 def _numbers(
-  config: ml_collections.ConfigDict, dataset: pipeline.DataSet
+  config: ml_collections.ConfigDict, dataset: DataSet
 ) -> tuple[np.ndarray, int]:
   """Which photographs of the training split the bank holds, and its rows."""
   source, data = config.attention.source, config.data
@@ -63,7 +66,9 @@ def _numbers(
 
 
 def _photographs(
-  config: ml_collections.ConfigDict, dataset: pipeline.DataSet, numbers: np.ndarray
+  config: ml_collections.ConfigDict, dataset: DataSet, numbers: np.ndarray
 ) -> Iterator[np.ndarray]:
+  from medattn_jax.data import pipeline  # imports TensorFlow
+
   return pipeline.photographs(
     dataset, "train", numbers, full_size=config.data.full_size, channels=config.data.channels)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from sklearn import metrics as sk
 
 # Resamples are drawn in blocks of about this many numbers, so memory does not follow the data.
 _BLOCK = 4_000_000
@@ -157,7 +156,9 @@ def auc(positive: np.ndarray, score: np.ndarray) -> float | None:
   positive = np.asarray(positive, bool)
   if positive.all() or not positive.any():
     return None
-  return float(sk.roc_auc_score(positive, score))
+  from sklearn.metrics import roc_auc_score  # takes a second to import
+
+  return float(roc_auc_score(positive, score))
 
 
 def roc(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -165,7 +166,9 @@ def roc(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray
   positive = np.asarray(positive, bool)
   if positive.all() or not positive.any():
     return None
-  false_rate, true_rate, _ = sk.roc_curve(positive, score, drop_intermediate=False)
+  from sklearn.metrics import roc_curve
+
+  false_rate, true_rate, _ = roc_curve(positive, score, drop_intermediate=False)
   return false_rate, true_rate
 
 

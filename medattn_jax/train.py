@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import ml_collections
@@ -26,12 +26,12 @@ from medattn_jax import (
   experiment,
   fill_bank,
   heap,
+  models,
   processes,
   sharding,
 )
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.compiling import Compiling
-from medattn_jax.data import pipeline
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
 from medattn_jax.models import weights
@@ -39,17 +39,21 @@ from medattn_jax.signals import Signals, Stopped
 from medattn_jax.step import State
 from medattn_jax.workdir import MetricsLog, Workdir
 
+if TYPE_CHECKING:
+  from medattn_jax.data.stored import DataSet
+
 
 class Run(NamedTuple):
   """What the loop works with, opened once."""
 
   config: ml_collections.ConfigDict
   directory: Workdir
-  dataset: pipeline.DataSet
+  dataset: DataSet
   checkpoints: Checkpoints
   log: Log
   signals: Signals
   compiling: Compiling
+  ahead: Experiment | None  # see begin_compiling
 
 
 def run(config: ml_collections.ConfigDict, path: str) -> None:
@@ -79,13 +83,14 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     if not checkpoints.any():
       processes.same("weights to begin from", weights.check(config))
     keep_compiled(directory.path / "compilation_cache")
+    compiling = stack.enter_context(Compiling())
+    ahead = begin_compiling(config, checkpoints, compiling)
     dataset = evaluate.open_data(config, None)
     graded = check_splits(dataset, config.model.num_classes)
     fill_bank.check(config, dataset)
     evaluate.check_same(dataset)
     log = stack.enter_context(Log(directory.path, config))
-    compiling = stack.enter_context(Compiling())
-    work = Run(config, directory, dataset, checkpoints, log, signals, compiling)
+    work = Run(config, directory, dataset, checkpoints, log, signals, compiling, ahead)
     try:
       begun = resume(work)
       processes.meet()  # all have looked before it changes
@@ -100,6 +105,26 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
       evaluate.run(path, step="best", once=True)
     if log.lines and log.rates:
       print(log.rates_in_words())
+
+
+def begin_compiling(
+    config: ml_collections.ConfigDict, checkpoints: Checkpoints, compiling: Compiling
+) -> Experiment | None:
+  """The phase that a run goes on with, its step traced and being compiled.
+
+  Meanwhile TensorFlow is imported, the data set opened and the state restored. None where nothing
+  is left to train, where the program depends on the data set, and for a first start: that may be
+  refused still, and is then to leave nothing behind.
+  """
+  done = checkpoints.newest_meta()
+  if not done or done["step"] >= experiment.total_steps(config):
+    return None
+  phase = experiment.phase_at(config, done["step"])
+  if models.common(config, phase):
+    return None
+  now = experiment.build(config, phase)
+  compiling.begin(now)
+  return now
 
 
 def train(work: Run, now: Experiment, state: State) -> State:
@@ -229,7 +254,7 @@ def resume(work: Run) -> tuple[Experiment, State]:
   return now, state
 
 
-def check_splits(dataset: pipeline.DataSet, num_classes: int) -> bool:
+def check_splits(dataset: DataSet, num_classes: int) -> bool:
   """Whether there is a split to evaluate at the end; said where there is none.
 
   Raises UserError where there is none to train on, or levels that the model cannot answer.
@@ -268,6 +293,8 @@ def keep_compiled(folder: pathlib.Path) -> None:
 
 def host_batches(work: Run, now: Experiment, step: int) -> Iterator[list[dict]]:
   """The small batches of each update from `step` on, in the run's one order over all phases."""
+  from medattn_jax.data import pipeline  # imports TensorFlow
+
   accumulation = now.page.accumulation
   done = sum(
       work.config.phases[name].steps * work.config.phases[name].accumulation
@@ -297,6 +324,8 @@ def asked_to_stop(work: Run) -> int:
 
 def build(work: Run, phase: str) -> Experiment:
   """The phase's experiment, with the bank that it trains with."""
+  if work.ahead and work.ahead.phase == phase:
+    return work.ahead
   bank = fill_bank.of_phase(work.config, phase, work.dataset)
   images = len(work.dataset.photo_levels("train"))
   return experiment.build(work.config, phase, bank=bank, images=images)

@@ -358,6 +358,12 @@ def test_models_steps_and_predictions_start_without_tensorflow():
   assert not imported(f"from medattn_jax import {modules}") & {"tensorflow", "clu", "orbax"}
 
 
+def test_a_training_begins_to_compile_without_tensorflow():
+  """Whose import, of seconds, is done while XLA works."""
+  heavy = {"tensorflow", "clu", "orbax", "sklearn", "matplotlib"}
+  assert not imported("from medattn_jax import train") & heavy
+
+
 def test_preprocessing_and_drawing_start_without_jax_and_tensorflow():
   found = imported("from medattn_jax.data import preprocess, schema, synthetic")
   assert not found & {"tensorflow", "tensorflow_datasets", "jax", "flax"}

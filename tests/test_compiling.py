@@ -85,6 +85,34 @@ def test_what_the_run_waits_for_is_traced_first_and_alone():
   assert names[0] == "m train"
 
 
+def test_the_program_that_is_waited_for_may_be_begun_before_the_rest():
+  """Traced when the call returns, not compiled; what fails while it is traced ends no wait late."""
+  gate, traced = threading.Event(), []
+
+  class Traced(Phase):
+    def _lowered(self, name):
+      traced.append(name)
+      return super()._lowered(name)
+
+  class Failing(Phase):
+    def lower_train_step(self):
+      raise ValueError("no such layer")
+
+  now = Traced("c", gate=gate)
+  with Compiling() as compiling:
+    compiling.begin(now)
+    assert traced == ["train"] and not now.compiled
+    gate.set()
+    compiling.ask(now)
+    assert compiling.step(now).step() == "c train"
+    compiling._pool.shutdown()
+  assert sorted(now.compiled) == ["eval", "train"]
+  with Compiling() as compiling:
+    compiling.begin(failing := Failing("m"))
+    with pytest.raises(ValueError, match="no such layer"):
+      compiling.step(failing)
+
+
 def test_what_a_compilation_raised_is_raised_where_its_step_is_wanted():
   good, bad = Phase("m"), Phase("c")
   bad.compiled.append("train")

@@ -24,6 +24,7 @@ from medattn_jax.signals import Signals, Stopped
 from medattn_jax.workdir import Workdir
 
 PAGE = str(pathlib.Path(__file__).parent / "pages" / "tiny.py")
+PAGES = pathlib.Path(__file__).parents[1] / "configs"
 STEPS = 12
 
 
@@ -209,6 +210,28 @@ def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "step", "phase"),
+    [
+        ("smoke", 0, None),  # a first start: it may be refused still
+        ("smoke", 4, "m"),
+        ("smoke", 5, "a"),
+        ("smoke", 15, None),  # nothing is left to train
+        ("planted_region", 4, None),  # of as many images as the data set has
+    ],
+)
+def test_a_second_start_compiles_before_there_is_a_data_set(name, step, phase):
+  page = config.load_page(str(PAGES / f"{name}.py"))
+  for own in page.phases.values():
+    own.steps = 5
+  checkpoints = types.SimpleNamespace(newest_meta=lambda: {"step": step} if step else None)
+  begun = []
+  compiling = types.SimpleNamespace(begin=lambda now: begun.append(now.phase))
+  ahead = loop.begin_compiling(page, checkpoints, compiling)
+  assert begun == ([phase] if phase else [])
+  assert (ahead and ahead.phase) == phase
+
+
 def test_a_damaged_newest_checkpoint_is_noticed_and_passed_over(finished, copy, data_dir):
   newest = max((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))
   largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
