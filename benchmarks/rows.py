@@ -98,16 +98,18 @@ def say(rows: Iterable[Mapping[str, Any]], text: str, only_json: bool) -> None:
     print(json.dumps(one, allow_nan=False), flush=True)
 
 
-def figure(path: pathlib.Path, width: float, height: float, draw: Any) -> None:
-  """A figure of one panel, which draw(panel) fills."""
+def figure(path: pathlib.Path, width: float, height: float, *draw: Any) -> None:
+  """A figure of a panel for each draw(panel), side by side."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  chart, panel = pyplot.subplots(figsize=(width, height), layout="constrained")
-  draw(panel)
-  panel.spines[["top", "right"]].set_visible(False)
+  chart, panels = pyplot.subplots(
+    1, len(draw), squeeze=False, figsize=(width, height), layout="constrained")
+  for own, panel in zip(draw, panels[0], strict=True):
+    own(panel)
+    panel.spines[["top", "right"]].set_visible(False)
   path.parent.mkdir(parents=True, exist_ok=True)
   chart.savefig(path, dpi=150)
   pyplot.close(chart)

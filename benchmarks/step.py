@@ -142,28 +142,62 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """Milliseconds of each step, and its program's roofline."""
+  """Milliseconds of each step beside its program's roofline, and where it lies under the roof."""
+  colours = [f"C{place % 10}" for place in range(len(found))]
 
-  def draw(panel):
-    names = [f"{one['asked']}, phase {one['config']['phase']}\n{one['config']['parallel']}, "
-             f"{one['devices']} device{'s' * (one['devices'] > 1)} × "
-             f"{one['batch'] // one['devices']}" for one in found]
-    panel.barh(names, [one["step_ms"]["min"] for one in found], height=0.6, color="#4c78a8",
-               label="step")
-    panel.barh(names, [one["roofline_ms"] for one in found], height=0.25, color="#f58518",
-               label="its roofline")
+  def times(panel):
+    names = [f"{number}. {one['asked']}, phase {one['config']['phase']}\n"
+             f"{one['config']['parallel']}, {one['dtype']}, {one['devices']} "
+             f"device{'s' * (one['devices'] > 1)} × {one['batch'] // one['devices']}"
+             for number, one in enumerate(found, 1)]
+    panel.barh(names, [one["step_ms"]["min"] for one in found], height=0.6, color=colours)
+    panel.barh(names, [one["roofline_ms"] for one in found], height=0.2, color="0.15",
+               label="its roofline, % of the time")
     for place, one in enumerate(found):
-      panel.annotate(f"{rows.shown(one['images_per_second'])} images/s",
+      panel.annotate(f"{rows.shown(one['images_per_second'])} images/s, "
+                     f"{100 * one['roofline_ms'] / one['step_ms']['min']:.0f} %",
                      (max(one["step_ms"]["min"], one["roofline_ms"]), place), (4, 0),
                      textcoords="offset points", va="center", fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel("ms a step")
-    panel.margins(x=0.2)
+    panel.margins(x=0.35)
     panel.tick_params(axis="y", labelsize=8)
-    panel.set_title(f"{found[0]['device_kind']}, {found[0]['dtype']}", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    panel.set_title(found[0]["device_kind"], fontsize=10, loc="left")
+    panel.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
 
-  rows.figure(path, 7.5, 1.2 + 0.5 * len(found), draw)
+  def roof(panel):
+    from matplotlib import ticker
+
+    places, heights = [], []
+    for number, (one, colour) in enumerate(zip(found, colours, strict=True), 1):
+      share, moved = one["flops_per_step"] / one["devices"], one["bytes_per_device"]
+      if not moved:
+        continue
+      reached, bound = (share / ms / 1e9 for ms in (one["step_ms"]["min"], one["roofline_ms"]))
+      panel.plot([share / moved] * 2, [reached, bound], ":", color=colour, linewidth=1)
+      panel.plot(share / moved, reached, "o", color=colour)
+      panel.annotate(number, (share / moved, reached), (5, -8), textcoords="offset points",
+                     fontsize=8, color=colour)
+      places.append(share / moved)
+      heights.append(reached)
+    roofs = {(one["matmul_flops_per_second"], one["copy_bytes_per_second"]) for one in found}
+    for top, slope in sorted(roofs):
+      ends = min([top / slope, *places]) / 2, max([top / slope, *places]) * 2
+      heights += [ends[0] * slope / 1e12, top / 1e12]
+      panel.plot([ends[0], top / slope, ends[1]], [heights[-2], heights[-1], heights[-1]],
+                 color="0.15", linewidth=1.2,
+                 label=f"products {top / 1e12:.3g} TFLOP/s, copies {slope / 1e9:,.0f} GB/s")
+    panel.set(xscale="log", yscale="log", ylim=(min(heights) / 2, max(heights) * 1.5))
+    for axis in (panel.xaxis, panel.yaxis):
+      axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+      axis.set_minor_locator(ticker.NullLocator())
+    panel.set_xlabel("floating-point operations a byte moved")
+    panel.set_ylabel("TFLOP/s of a device")
+    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    panel.set_title("under the roof of this device's measured rates", fontsize=10)
+
+  rows.figure(path, 11.5, max(3.6, 1.2 + 0.5 * len(found)), times, roof)
 
 
 if __name__ == "__main__":
