@@ -78,18 +78,20 @@ class Compiling:
     self._steps[now.phase] = self._pool.submit(self._train_step, now)
 
   def _train_step(self, now: Experiment) -> Compiled:
-    start = time.monotonic()
+    start, traced = time.monotonic(), self._is_traced[now.phase].set
 
     def lower():
-      try:
-        return self._traced(now.lower_train_step)
-      finally:
-        self._is_traced[now.phase].set()
+      lowered = self._traced(now.lower_train_step)
+      traced()
+      return lowered
 
-    if jax.default_backend() == "cpu" and _large(now):
-      program = onednn.compiled(lower)
-    else:
-      program = _compiled(lower)
+    try:
+      if jax.default_backend() == "cpu" and _large(now):
+        program = onednn.compiled(lower)
+      else:
+        program = _compiled(lower)
+    finally:
+      traced()  # or who waits for that would wait for ever
     return Compiled(program, time.monotonic() - start)
 
   def _eval_step(self, now: Experiment) -> None:

@@ -56,7 +56,9 @@ def free_keys(held: dict, asked: dict, step: int) -> tuple[str, ...]:
     free += (f"phases.{name}.remat",)  # the same numbers
     if begins >= step:
       free += (f"phases.{name}.",)
-    elif page.schedule != "cosine" and begins + asked["phases"][name]["steps"] >= step:
+    ends = begins + page.steps
+    goes_on = begins < step <= ends and begins + asked["phases"][name]["steps"] >= step
+    if goes_on and page.schedule != "cosine":
       free += (f"phases.{name}.steps",)  # more steps: the rates so far stay what they were
-    begins += page.steps
+    begins = ends
   return free

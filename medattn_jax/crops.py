@@ -112,7 +112,8 @@ def _bilinear(x: Float[Array, "b cells m"], size: int) -> Float[Array, "b size m
   """Linear half-pixel resize of the middle axis.
 
   Written as nearest + (other - nearest) · distance, with distances from whole numbers: plateaus
-  stay exactly level and mirrored pixels exactly equal, so ties fall as the rule says.
+  stay exactly level, and mirrored pixels exactly equal but for those midway between two cells,
+  which round each from its own: so ties fall as the rule says.
   """
   cells = x.shape[1]
   # Position of pixel i in cells, in units of 1 / (2 size).
@@ -134,7 +135,8 @@ def select_regions(
   Level 0 carries nothing and is left out. The maps are resized bilinearly (half-pixel) to
   image_size²; the strongest value is taken; the mask_size² window centred on it (rows r-s//2 …
   r-s//2+s-1, clipped to the image) is masked in its level or in all levels; and again. Ties go to
-  the lowest level, then row, then column. Where everything is masked, the answer is (0, 0).
+  the lowest level, then row, then column. Where everything is masked, the answer is the first
+  candidate: (0, 0), of "receptive_field" (37, 37).
 
   Args:
     gated: any float dtype; compared in float32.

@@ -19,6 +19,7 @@ import rich.table
 
 from medattn_jax import console, experiment, files, metrics, models, processes, trained
 from medattn_jax.analysis import lesions
+from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
 from medattn_jax.workdir import MetricsLog
 
@@ -222,10 +223,12 @@ def run(
   model = trained.open_workdir(workdir, step)
   dataset = open_data(model.config, data)
   split = choose_split(dataset, split)
+  datasets.check_levels(dataset, model.config.model.num_classes)
   check_same(dataset)
   identity = {
-    "data": dataset.name, "split": split, "step": model.step, "phase": model.phase,
-    "checkpoint_sha256": model.fingerprint, "bootstrap": model.config.evaluation.bootstrap}
+    "data": dataset.name, "own_data": data is None, "split": split, "step": model.step,
+    "phase": model.phase, "checkpoint_sha256": model.fingerprint,
+    "bootstrap": model.config.evaluation.bootstrap}
   records = MetricsLog(model.workdir / "metrics.jsonl").read()
   if found := processes.from_first(_evaluated(place, identity) if once else None):
     console.say(f"step {model.step} is evaluated already: {place / 'metrics.json'}")

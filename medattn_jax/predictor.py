@@ -302,7 +302,7 @@ def _unlike(array: np.ndarray, accepted: str) -> UserError:
 
 
 def _expand(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-  """The candidate files, and (name, reason) of what is not to be opened.
+  """The candidate files, each once, and (name, reason) of what is not to be opened.
 
   Raises:
     UserError: there is no candidate.
@@ -317,7 +317,10 @@ def _expand(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
   if not found:
     name, reason = rejected[0] if rejected else (paths[0], "holds no photograph")
     raise UserError(f"{console.plain(name)} {reason}; accepted: {', '.join(SUFFIXES)}")
-  return found, rejected
+  once: dict[str, str] = {}
+  for path in found:
+    once.setdefault(os.path.abspath(path), path)
+  return list(once.values()), rejected
 
 
 def _are_folders(paths: Sequence[str]) -> list[bool]:

@@ -32,6 +32,7 @@ from medattn_jax import (
 )
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.compiling import Compiling
+from medattn_jax.data import datasets
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
 from medattn_jax.models import weights
@@ -113,16 +114,20 @@ def begin_compiling(
   """The phase that a run goes on with, its step traced and being compiled.
 
   Meanwhile TensorFlow is imported, the data set opened and the state restored. None where nothing
-  is left to train, where the program depends on the data set, and for a first start: that may be
+  is left to train; where a map is learnt, as the state then depends on the data set; on GPUs,
+  where XLA times kernels, which what is restored would mislead; and for a first start: that may be
   refused still, and is then to leave nothing behind.
+
+  Raises UserError where there is no such data set.
   """
+  datasets.located(config.data.name, config.data.dir)
   done = checkpoints.newest_meta()
   if not done or done["step"] >= experiment.total_steps(config):
     return None
-  phase = experiment.phase_at(config, done["step"])
-  if models.common(config, phase):
+  learns_map = any(models.common(config, phase) for phase in experiment.phases(config))
+  if learns_map or jax.default_backend() == "gpu":
     return None
-  now = experiment.build(config, phase)
+  now = experiment.build(config, experiment.phase_at(config, done["step"]))
   compiling.begin(now)
   return now
 
@@ -159,10 +164,10 @@ def run_phase(work: Run, now: Experiment, state: State) -> State:
     stops = asked_to_stop(work) if step % every.logging.every == 0 or alone else 0
     saves = validates or stops or step % every.checkpoint.every == 0
     work.log.step(step, metrics, read_now=saves)  # else read one step late: dispatch never waits
-    if saves:
-      save(work, now, state, step, validates and not stops)
     if map_is_due(now, step) and jax.process_index() == 0:
       work.directory.keep_map(step, state.constants["map"])
+    if saves:
+      save(work, now, state, step, validates and not stops)
     if stops:
       work.checkpoints.wait()
       raise Stopped(stops)
@@ -240,13 +245,14 @@ def resume(work: Run) -> tuple[Experiment, State]:
     return now, now.initial()
   now, state, meta = found
   step = int(state.step)
-  truncate_after(work, step)
+  due = step == now.ends or step % work.config.evaluation.every == 0
+  again = due and not meta["validated"]  # it was stopped while validating
+  truncate_after(work, step, validated=not again)
   if step < experiment.total_steps(work.config):
     console.say(f"resuming at step {step} of phase {now.phase}")
   else:
     console.say(f"all {step} steps are done: nothing to train")
-  due = step == now.ends or step % work.config.evaluation.every == 0
-  if due and not meta["validated"]:  # it was stopped while validating
+  if again:
     work.log.begin(now, step)
     save(work, now, state, step, validates=True, replace=True)
     work.signals.waits = False
@@ -264,12 +270,7 @@ def check_splits(dataset: DataSet, num_classes: int) -> bool:
         f"data set {dataset.name} in {dataset.folder} has no split train, only "
         f"{', '.join(dataset.splits)}; accepted: a set to train on"
     )
-  for split in dataset.splits:
-    if (highest := int(dataset.levels(split).max(initial=-1))) >= num_classes:
-      raise UserError(
-          f"model.num_classes = {num_classes}: data set {dataset.name}, split {split}, has level "
-          f"{highest}; accepted: at least {highest + 1}"
-      )
+  datasets.check_levels(dataset, num_classes)
   graded = not {"test", "validation"}.isdisjoint(dataset.splits)
   if not graded:
     console.warn(
@@ -339,9 +340,9 @@ def map_is_due(now: Experiment, step: int) -> bool:
   return (step - now.begins) % every == 0 or step in (now.begins + 1, now.ends)
 
 
-def truncate_after(work: Run, step: int) -> None:
-  """What was written of steps after `step` goes: they are done again."""
-  work.log.truncate_after(step)
+def truncate_after(work: Run, step: int, validated: bool = True) -> None:
+  """What was written of steps after `step`, or of its validation, goes: it is done again."""
+  work.log.truncate_after(step, validated)
   if jax.process_index() == 0:
     work.directory.truncate_maps(step)
 
@@ -381,9 +382,9 @@ class Log:
       why = " ".join(str(error).split("}} ")[-1].split())[:200]
       raise UserError(f"{self.folder}: events cannot be written: {why}") from error
 
-  def truncate_after(self, step: int) -> None:
+  def truncate_after(self, step: int, validated: bool) -> None:
     if self.lines:
-      self.lines.truncate_after(step)
+      self.lines.truncate_after(step, validated)
 
   def begin(self, now: Experiment, step: int) -> None:
     if self.lines and not self.events:

@@ -82,11 +82,11 @@ def open_workdir(
   variables = experiment.answering(tree)
   _fits(variables, now, where)
   variables = sharding.everywhere(variables, now.mesh)
+  fingerprint = files.sha256(where / manifest.NAME)
   if config.evaluation.decision == "argmax":
     thresholds, source = None, LIKELIEST
   else:
-    thresholds, source = _thresholds(meta, place, number, config.model.num_classes)
-  fingerprint = files.sha256(where / manifest.NAME)
+    thresholds, source = _thresholds(meta, place, fingerprint, config.model.num_classes)
   return Trained(
     place.path, config, number, now.phase, now, variables, thresholds, source, fingerprint)
 
@@ -118,16 +118,20 @@ def _fits(variables: dict[str, Any], now: experiment.Experiment, where: pathlib.
 
 
 def _thresholds(
-  meta: dict, place: Workdir, step: int, num_classes: int
+  meta: dict, place: Workdir, fingerprint: str, num_classes: int
 ) -> tuple[np.ndarray, str]:
-  """The decision rule of a step: tuned at its validation, or in its evaluation, or the start."""
+  """The decision rule of a step: tuned at its validation, or in its evaluation, or the start.
+
+  The evaluation must be of these very weights, on the run's own data set.
+  """
   if (found := _valid(meta.get("thresholds"), num_classes)) is not None:
     return found, "the checkpoint's validation"
   try:
     path = place.evaluation / "metrics.json"
     evaluation = json.loads(files.read_bytes(path, _MAX_METRICS_BYTES))
     found = _valid(evaluation["thresholds"], num_classes)
-    if evaluation["step"] == step and found is not None:
+    these = evaluation["checkpoint_sha256"] == fingerprint and evaluation["own_data"] is True
+    if these and found is not None:
       tuned = evaluation.get("thresholds_from") != ROUNDING
       return found, "the workdir's evaluation" if tuned else ROUNDING
   except (OSError, ValueError, KeyError, TypeError, RecursionError):

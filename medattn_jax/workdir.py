@@ -184,19 +184,21 @@ class MetricsLog:
     except OSError as error:
       raise UserError(f"{self.path}: cannot be written to: {_reason(error)}") from error
 
-  def truncate_after(self, step: int) -> None:
+  def truncate_after(self, step: int, validated: bool = True) -> None:
     """Drops the lines of later steps, which a resumed run writes again, and lines that are no JSON.
 
-    What is kept is kept byte for byte; the file is replaced as a whole. Said on stderr.
+    Where the step is not `validated`, and will be again, its validation's line goes too. What is
+    kept is kept byte for byte; the file is replaced as a whole. Said on stderr.
     """
     self.close()
     kept, later, garbage = [], 0, 0
     try:
       for line in io.BytesIO(files.read_bytes(self.path)):
-        found = _step_of(line)
+        found = _read(line)
         if found is None:
           garbage += 1
-        elif found > step:
+        elif found["step"] > step or (
+            found["step"] == step and not validated and _validates(found)):
           later += 1
         else:
           kept.append(line)
@@ -217,7 +219,7 @@ class MetricsLog:
       lines = files.read_bytes(self.path).splitlines(keepends=True)
     except FileNotFoundError:
       return []
-    whole = [json.loads(line) for line in lines if _step_of(line) is not None]
+    whole = [found for line in lines if (found := _read(line)) is not None]
     if len(whole) < len(lines):
       console.warn(f"{self.path}: {len(lines) - len(whole)} lines that are not whole passed over")
     return whole
@@ -228,15 +230,19 @@ class MetricsLog:
       self._file = None
 
 
-def _step_of(line: bytes) -> int | None:
-  """The step of a line of the log; None for one that is torn or was not written by the log."""
+def _read(line: bytes) -> dict | None:
+  """A line of the log; None for one that is torn or was not written by the log."""
   if not line.endswith(b"\n"):
     return None
   try:
-    step = json.loads(line, parse_constant=_refuse)["step"]
+    found = json.loads(line, parse_constant=_refuse)
+    return found if type(found["step"]) is int else None
   except (ValueError, KeyError, TypeError, RecursionError):
     return None
-  return step if type(step) is int else None
+
+
+def _validates(found: Mapping) -> bool:
+  return any(name.startswith("validation_") for name in found)
 
 
 def _refuse(constant: str) -> None:

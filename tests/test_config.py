@@ -183,6 +183,24 @@ def test_a_run_may_go_on_with_other_parts_computed_twice():
     continuation.refuse_other_run(pathlib.Path("w"), new, old, 4)
 
 
+@pytest.mark.parametrize(
+  ("step", "phase", "steps", "goes"),
+  [(4, "m", 9, True), (5, "m", 9, True), (4, "m", 4, True), (4, "m", 3, False),
+   (6, "m", 9, False), (6, "m", 6, False),  # it is over: the next one would begin elsewhere
+   (6, "a", 9, True), (6, "c", 1, True)])
+def test_a_phase_may_be_made_longer_until_it_is_over(step, phase, steps, goes):
+  held = config.to_dict(config.load_page(SMOKE))
+  for page in held["phases"].values():
+    page |= {"steps": 5, "schedule": "constant"}
+  asked = config.to_dict(config.from_dict(held))
+  asked["phases"][phase]["steps"] = steps
+  if goes:
+    continuation.refuse_other_run(pathlib.Path("w"), asked, held, step)
+  else:
+    with pytest.raises(UserError, match=f"phases.{phase}.steps"):
+      continuation.refuse_other_run(pathlib.Path("w"), asked, held, step)
+
+
 def test_a_page_and_the_models_know_the_same_ways_to_compute_twice():
   assert config.PHASE["remat"].choices == remat.MODES
 

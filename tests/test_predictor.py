@@ -89,6 +89,14 @@ def test_pairs_by_name():
     (0, 3), (1, 1), (2, 2), (4, 4), (5, 5), (6, 6), (8, 7), (9, 10), (12, 11)]
 
 
+def test_a_photograph_that_is_named_twice_is_graded_once(photographs, tmp_path):
+  """It would be graded again with itself for a fellow."""
+  left, right = (save(photographs[i], tmp_path / f"10_{eye}.png")
+                 for i, eye in enumerate(("left", "right")))
+  again = f"{tmp_path}/./10_left.png"
+  assert predictor._expand([str(tmp_path), str(left), again])[0] == [str(left), str(right)]
+
+
 def test_folders_to_the_bottom_and_bad_files_named(model, photographs, tmp_path, capsys):
   """The good are graded in the order of their names, the bad named with their reason."""
   folder, outside = tmp_path / "in", tmp_path / "outside"
@@ -278,24 +286,29 @@ def test_load_refuses_damage(untrained, tmp_path):
     medattn_jax.load(place)
 
 
-def test_thresholds_come_from_where_they_were_tuned(untrained, tmp_path):
-  place = predictor.trained.Workdir(tmp_path)
-  tuned = [0.1, 0.2, 0.3, 0.4]
-  assert trained._thresholds({"thresholds": tuned}, place, 3, 5)[0].tolist() == tuned
-  start = [0.5, 1.5, 2.5, 3.5]
-  for wrong in (None, [1, 2], [2, 1, 3, 4], ["a"] * 4, [float("nan")] * 4):
-    found, source = trained._thresholds({"thresholds": wrong}, place, 3, 5)
-    assert found.tolist() == start and source == trained.ROUNDING
+def test_thresholds_come_from_where_they_were_tuned(tmp_path):
+  start, tuned = [0.5, 1.5, 2.5, 3.5], [0.1, 0.2, 0.3, 0.4]
+  place = trained.Workdir(tmp_path)
   (tmp_path / "evaluation").mkdir()
   path = tmp_path / "evaluation" / "metrics.json"
-  path.write_text(
-    json.dumps({"step": 3, "thresholds": start, "thresholds_from": trained.ROUNDING}))
-  assert trained._thresholds({}, place, 3, 5)[1] == trained.ROUNDING
-  path.write_text(json.dumps({"step": 3, "thresholds": tuned}))
-  assert trained._thresholds({"thresholds": None}, place, 3, 5)[0].tolist() == tuned
-  assert trained._thresholds({"thresholds": None}, place, 4, 5)[0].tolist() == start
+
+  def taken(meta=None):
+    found, source = trained._thresholds({"thresholds": meta}, place, "these weights", 5)
+    return found.tolist(), source
+
+  assert taken(tuned) == (tuned, "the checkpoint's validation")
+  for wrong in (None, [1, 2], [2, 1, 3, 4], ["a"] * 4, [float("nan")] * 4):
+    assert taken(wrong) == (start, trained.ROUNDING)
+  of_these = {"checkpoint_sha256": "these weights", "own_data": True, "thresholds": tuned}
+  path.write_text(json.dumps(of_these))
+  assert taken() == (tuned, "the workdir's evaluation")
+  for strange in (
+      {"checkpoint_sha256": "others"}, {"own_data": False}, {"thresholds": [1, 2]},
+      {"thresholds": start, "thresholds_from": trained.ROUNDING}):
+    path.write_text(json.dumps(of_these | strange))
+    assert taken() == (start, trained.ROUNDING)
   path.write_text("[" * 100000)
-  assert trained._thresholds({"thresholds": None}, place, 3, 5)[0].tolist() == start
+  assert taken() == (start, trained.ROUNDING)
 
 
 def test_command_writes_a_csv_or_nothing(untrained, photographs, tmp_path, capfdbinary):

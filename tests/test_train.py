@@ -209,7 +209,6 @@ def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(
   assert saved == [2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "step", "phase"),
     [
@@ -217,10 +216,11 @@ def test_a_signal_while_the_last_step_of_a_phase_is_saved_stops_before_the_next(
         ("smoke", 4, "m"),
         ("smoke", 5, "a"),
         ("smoke", 15, None),  # nothing is left to train
-        ("planted_region", 4, None),  # of as many images as the data set has
+        ("planted_region", 4, None),  # its state is of as many images as the data set has,
+        ("planted_region", 7, None),  # with the map fixed too
     ],
 )
-def test_a_second_start_compiles_before_there_is_a_data_set(name, step, phase):
+def test_a_second_start_compiles_before_there_is_a_data_set(monkeypatch, name, step, phase):
   page = config.load_page(str(PAGES / f"{name}.py"))
   for own in page.phases.values():
     own.steps = 5
@@ -230,8 +230,48 @@ def test_a_second_start_compiles_before_there_is_a_data_set(name, step, phase):
   ahead = loop.begin_compiling(page, checkpoints, compiling)
   assert begun == ([phase] if phase else [])
   assert (ahead and ahead.phase) == phase
+  if ahead:  # as it was built, and no other
+    work = types.SimpleNamespace(ahead=ahead)
+    assert loop.build(work, phase) is ahead
+  begun.clear()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert not loop.begin_compiling(page, checkpoints, compiling) and not begun
 
 
+def test_a_second_start_without_its_data_set_is_refused_before_it_compiles(tmp_path):
+  page = config.load_page(str(PAGES / "smoke.py"), [("data.name", "csv")])
+  page.data.dir = str(tmp_path)
+  with pytest.raises(UserError, match="no data set csv in"):
+    loop.begin_compiling(page, None, None)
+
+
+def test_a_map_is_kept_though_its_steps_validation_is_stopped(monkeypatch):
+  """A resumed run validates that step again, and does not come by the map any more."""
+  ready = Compiled(lambda state, update: (state, {}), 0.0)
+  kept = []
+  work = types.SimpleNamespace(
+      config=config.load_page(PAGE), signals=Signals(),
+      compiling=types.SimpleNamespace(ask=lambda now: None, step=lambda now: ready),
+      log=types.SimpleNamespace(begin=lambda *_: None, step=lambda *_, **__: None),
+      directory=types.SimpleNamespace(keep_map=lambda step, weights: kept.append(step)),
+  )  # fmt: skip
+  work.config.attention = types.SimpleNamespace(kept=1)
+  now = types.SimpleNamespace(
+      phase="joint", begins=0, ends=2, common=True, config=work.config, put_train=lambda x: x,
+      page=types.SimpleNamespace(steps=2),
+  )  # fmt: skip
+
+  def stopped(*_):
+    raise Stopped(signal.SIGTERM)
+
+  monkeypatch.setattr(loop, "host_batches", lambda *_: iter([1, 2, 3]))
+  monkeypatch.setattr(loop, "save", stopped)
+  with pytest.raises(Stopped):
+    loop.run_phase(work, now, types.SimpleNamespace(step=0, constants={"map": None}))
+  assert kept == [1, 2]
+
+
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_noticed_and_passed_over(finished, copy, data_dir):
   newest = max((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))
   largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

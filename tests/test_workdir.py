@@ -151,6 +151,18 @@ def test_a_resumed_log_is_what_an_unbroken_one_would_be(tmp_path, capsys):
   assert path.read_bytes() == whole and log.read() == lines
 
 
+def test_the_line_of_a_validation_that_is_done_again_goes(tmp_path):
+  log = MetricsLog(tmp_path / "metrics.jsonl")
+  lines = [{"step": 2, "loss": 1.0}, {"step": 2, "validation_kappa": 0.5},
+           {"step": 4, "loss": 0.5}, {"step": 4, "validation_kappa": 0.6}]
+  for line in lines:
+    log.write(line)
+  log.truncate_after(4)
+  assert log.read() == lines
+  log.truncate_after(4, validated=False)
+  assert log.read() == lines[:3]
+
+
 def test_a_whole_log_is_not_touched_by_a_resume(tmp_path, capsys):
   log = MetricsLog(tmp_path / "metrics.jsonl")
   log.truncate_after(0)  # no file: nothing to do

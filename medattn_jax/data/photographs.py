@@ -28,6 +28,9 @@ from medattn_jax.data.sources import Photograph
 METHOD = 1  # raise when preprocess gives other pixels: what was prepared before is then stale
 POOL_FROM = 8  # fewer photographs are done sooner than processes start
 ENLARGED, STRETCHED, FRAMES = 1, 2, 4
+_DIED = "ends the process that decodes it"
+# Reasons that lie in the machine, perhaps, and not in the photograph.
+PASSING = ("cannot be opened: ", "cannot be read: ", preprocess.NO_MEMORY, _DIED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _results(
   for job in ended:
     [(_, done)] = workers.answers(does, [job], 1)
     died = isinstance(done, workers.Died)
-    yield job, Done(reason="ends the process that decodes it") if died else done
+    yield job, Done(reason=_DIED) if died else done
 
 
 def _photograph(job: Job) -> Done:
@@ -158,7 +161,7 @@ def _photograph(job: Job) -> Done:
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
-    return Done(reason="needs more memory than there is")
+    return Done(reason=preprocess.NO_MEMORY)
   jpeg = io.BytesIO()
   Image.fromarray(image).save(jpeg, "JPEG", quality=job.quality, subsampling=0)  # colour kept whole
   source = checksum(content)
@@ -188,7 +191,7 @@ def look(job: Job) -> Done:
   except preprocess.BadImage as error:
     return Done(reason=str(error))
   except MemoryError:
-    return Done(reason="needs more memory than there is")
+    return Done(reason=preprocess.NO_MEMORY)
   seen = np.ascontiguousarray(raw[y0:y1, x0:x1])
   pixels = hashlib.blake2b(seen.data, digest_size=16, person=b"%dx%d" % seen.shape[:2])
   return Done(source=checksum(content), pixels=pixels.hexdigest(), size=(width, height))

@@ -176,7 +176,8 @@ def _prepare(
   identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
   final = data_dir / source / schema.VERSION
   old = _index(final)
-  if old and old["about"].get("identity") == identity:
+  same = old is not None and old["about"].get("identity") == identity
+  if same and not _mended(old["about"]["rejected"], jobs, workers):
     _write_rejected(data_dir, old["about"]["rejected"])
     console.say(f"{final} is made of this input already: nothing to do")
     return _report(final, data_dir)
@@ -184,7 +185,8 @@ def _prepare(
     raise UserError(f"{store} is a link; accepted: a folder that prepare made, or none")
   store.mkdir(exist_ok=True)
   if old:
-    console.say(f"the input is not what {final} was made of: it is made anew")
+    console.say("photographs that could not be read can be by now: it is made anew" if same else
+                f"the input is not what {final} was made of: it is made anew")
     _recover(final, {job.key for job in jobs.values()}, store)
   done = photographs.work(list(jobs.values()), workers)
   settled = sorted_out(labelled.photographs, jobs, done, rejected, drop)
@@ -221,6 +223,16 @@ def _prepare(
   _write_rejected(data_dir, rejected)
   shutil.rmtree(store, ignore_errors=True)
   return _report(final, data_dir)
+
+
+def _mended(
+  rejected: Sequence[Sequence[str]], jobs: Mapping[str, photographs.Job], workers: int | None
+) -> bool:
+  """Whether one that was rejected for what may pass can be used now."""
+  again = [jobs[name] for name, reason in rejected
+           if name in jobs and reason.startswith(photographs.PASSING)]
+  done = photographs.work(again, workers, photographs.look)
+  return any(not result.reason for result in done.values())
 
 
 def sorted_out(

@@ -37,6 +37,7 @@ SUFFIXES = (
 _SCAN = b"\xff\xda"
 # What begins a part of a JPEG that has its length behind it. In a scan's data 0 is behind 255.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xda-\xfe]")
+NO_MEMORY = "needs more memory than there is"
 BLACK = 8  # below this a pixel is black whatever else the picture shows
 _PLAIN = {"L", "RGB", "CMYK", "YCbCr"}
 _KINDS = (
@@ -145,6 +146,8 @@ def _decoded(
       image = Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
       raise BadImage(f"declares more than {MAX_PIXELS} pixels") from None
+    except MemoryError:
+      raise BadImage(NO_MEMORY) from None
     except Exception as error:
       raise BadImage(_unknown(content, error)) from None
     _check_size(*image.size, least)
@@ -155,6 +158,8 @@ def _decoded(
       return pixels(image)
     except BadImage:
       raise
+    except MemoryError:
+      raise BadImage(NO_MEMORY) from None
     except Exception as error:
       text = " ".join(str(error).split())[:120]
       raise BadImage(f"is damaged ({text or type(error).__name__})") from None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medattn_jax import console
-from medattn_jax.data import datasets, schema
+from medattn_jax.data import datasets
 from medattn_jax.data.backend import tfds
 from medattn_jax.data.datasets import prepared
 from medattn_jax.errors import UserError
@@ -109,15 +109,9 @@ def open_dataset(
   Raises:
     UserError: unknown name, nothing prepared there, or damage; the message says what to do.
   """
-  if name in datasets.DRAWN:
+  folder = datasets.located(name, data_dir)
+  if folder is None:
     folder = _draw(name, pathlib.Path(data_dir), full_size, synthetic)
-  elif name in datasets.NAMES:
-    folder = pathlib.Path(data_dir) / name / schema.VERSION
-    if not folder.is_dir():
-      raise UserError(f"no data set {name} in {data_dir}: make it with `medattn prepare "
-                      f"--source={name} --input=DIR --data-dir={data_dir}`")
-  else:
-    folder = datasets.find(name)
   dataset = DataSet(folder, full_size)
   if dataset.full_size != full_size:
     console.say(f"data set {dataset.name} is stored at {dataset.full_size} pixels; its "

@@ -60,7 +60,7 @@ def summand(
   """
   kernel = kernel * valid[:, None]
   total = kernel.reshape(-1, len(mean), kernel.shape[1]).sum(0)
-  return scale * (project(kernel, images) - jnp.einsum("cm,chw->mhw", total, mean))
+  return scale * (project(kernel, images) - _of_mean(total, mean))
 
 
 def batch_summands(
@@ -81,7 +81,12 @@ def batch_answers(total: dict[str, Array]) -> Float[Array, "m h w"]:
   mean = total["mean"] / (total["rows"] / len(total["mean"]))
   spread = total["square"] / (total["rows"] * mean[0].size) - jnp.square(mean).mean()
   scale = jax.lax.rsqrt(jnp.maximum(spread, 1e-8) * total["rows"])
-  return scale * (total["answers"] - jnp.einsum("cm,chw->mhw", total["kernel"], mean))
+  return scale * (total["answers"] - _of_mean(total["kernel"], mean))
+
+
+def _of_mean(kernel, mean):
+  """What is taken from answers that are nearly as large: a TPU would round both to 8 bits."""
+  return jnp.einsum("cm,chw->mhw", kernel, mean, precision="highest")
 
 
 def scores(answers: Float[Array, "m h w"], params: Params) -> Float[Array, "h w"]:

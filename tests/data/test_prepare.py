@@ -152,6 +152,31 @@ def test_pairs_are_left_then_right_and_never_the_same_eye(camera, tmp_path):
   assert sorted(pairs) == ["ba", "c", "d", "ef", "hg", "i", "j"]
 
 
+def test_what_the_machine_failed_at_is_looked_at_again(camera, tmp_path, capsys, monkeypatch):
+  """A disk or memory may be well again; a picture that is damaged stays so."""
+  camera.both([f"{n}_left.jpg" for n in range(3)])
+  (camera.folder / "0_left.jpg").write_bytes(b"no picture")
+  data, read = tmp_path / "data", preprocess.read_bytes
+
+  def fails(path):
+    if "1_left" in str(path):
+      raise preprocess.BadImage("cannot be read: Input/output error")
+    return read(path)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(preprocess, "read_bytes", fails)
+    for _ in range(2):  # as long as it lasts nothing is made anew
+      prepare(camera, data)
+      assert set(rejected_of(data)) == {"0_left.jpg", "1_left.jpg"}
+  assert "nothing to do" in capsys.readouterr().err
+  prepare(camera, data)
+  assert "can be by now" in capsys.readouterr().err
+  assert set(rejected_of(data)) == {"0_left.jpg"}
+  assert set(rows_of(data)) == {"1_left.jpg", "2_left.jpg"}
+  prepare(camera, data)
+  assert "nothing to do" in capsys.readouterr().err
+
+
 def test_a_second_run_does_nothing_and_a_changed_input_is_prepared_anew(
   camera, tmp_path, capsys, monkeypatch
 ):

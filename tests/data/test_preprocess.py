@@ -353,3 +353,14 @@ def test_masks_of_every_kind_are_where_they_are_bright(make):
   assert not preprocess.decode_mask(make.encoded(np.zeros((40, 40), np.uint8), "PNG")).any()
   with pytest.raises(BadImage, match="no picture"):
     preprocess.decode_mask(b"no mask")
+
+
+@pytest.mark.parametrize("owner, name", [(Image, "open"), (Image.Image, "convert")])
+def test_memory_that_is_short_is_no_damage(picture, make, monkeypatch, owner, name):
+  def short(*_, **__):
+    raise MemoryError
+
+  content = make.encoded(picture, "BMP")
+  monkeypatch.setattr(owner, name, short)
+  with pytest.raises(BadImage, match="needs more memory than there is"):
+    preprocess.decode_photograph(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from medattn_jax.data import schema
 from medattn_jax.errors import UserError, nearest
@@ -16,6 +17,22 @@ PREPARED = (  # by `medattn prepare --source=NAME`
 DRAWN = ("synthetic_fundus", "planted_region")
 ARRAYS = ("npz", "fer2013")  # of them, those of pixels that are ready
 NAMES = PREPARED + DRAWN
+
+
+def located(name: str, data_dir: str | pathlib.Path | None) -> pathlib.Path | None:
+  """The folder of the set `name`, below `data_dir` or a folder itself; None for a drawn one.
+
+  Raises UserError where there is none, as `find` does.
+  """
+  if name in DRAWN:
+    return None
+  if name not in NAMES:
+    return find(name)
+  folder = pathlib.Path(data_dir) / name / schema.VERSION
+  if not folder.is_dir():
+    raise UserError(f"no data set {name} in {data_dir}: make it with `medattn prepare "
+                    f"--source={name} --input=DIR --data-dir={data_dir}`")
+  return folder
 
 
 def find(name: str) -> pathlib.Path:
@@ -37,3 +54,12 @@ def find(name: str) -> pathlib.Path:
     names = ", ".join(str(path) for path in found)
     raise UserError(f"{folder} holds more than one data set: name one of {names}")
   return found[0]
+
+
+def check_levels(dataset: Any, num_classes: int) -> None:
+  """Raises UserError where a split has levels that a model of so many cannot answer."""
+  for split in dataset.splits:
+    if (highest := int(dataset.levels(split).max(initial=-1))) >= num_classes:
+      raise UserError(
+        f"model.num_classes = {num_classes}: data set {dataset.name}, split {split}, has level "
+        f"{highest}; accepted: at least {highest + 1}")
