@@ -161,30 +161,27 @@ def here(page: ml_collections.ConfigDict, phase: str, target: chips.Target, devi
 
 
 def _read(found, now, lowered, compiled, depth, largest, sheet) -> Forecast:
-  text, rounds = compiled.as_text(), now.page.accumulation
-  told = report.read(compiled, rounds)
-  if told.cycles:  # a TPU's: what it says of a loop is said of one round
-    flops, accessed = (x and rounds * x for x in (told.flops, told.accessed))
-    seconds = told.seconds and rounds * told.seconds
-    hbm = float(sum(traffic.moved(text, rounds, traffic.VMEM).values()))
-  else:
-    flops, seconds = told.flops if rounds == 1 else None, None
-    try:
-      accessed = float(sum(traffic.moved(text).values()))
-    except traffic.UnknownLoop:
-      accessed = told.accessed and rounds * told.accessed
-    hbm = accessed
+  text, told = compiled.as_text(), report.read(compiled)
+  near = traffic.VMEM if told.cycles else None
+  try:
+    accessed = hbm = float(sum(traffic.moved(text, near).values()))
+    if told.cycles and told.accessed:  # a TPU's counts what stays on the chip too, by its own rule
+      accessed = told.accessed * traffic.repeats(text)
+  except traffic.UnknownLoop:
+    accessed = hbm = told.accessed
+  # What XLA says of a loop is said of one round.
+  flops = told.flops if now.page.accumulation == 1 else None
   if flops is None:
     flops = _lowered_flops(now)
   read = sum(name.startswith("state") for name in report.inputs(lowered))
   found = found._replace(
     report=told, unread=found.leaves - read, needs=told.peak, flops=flops,
-    accessed=accessed, hbm=hbm, cycles=told.cycles, seconds=seconds,
-    places=places.of(text, depth, largest, rounds) if largest else None)
+    accessed=accessed, hbm=hbm, cycles=told.cycles, seconds=told.seconds,
+    places=places.of(text, depth, largest) if largest else None)
   if sheet is None or flops is None or hbm is None:
     return found
   return found._replace(bound=roofline.bound(
-    flops, hbm, sum(told.wire.values()), len(told.collectives), found.devices, sheet, seconds,
+    flops, hbm, sum(told.wire.values()), len(told.collectives), found.devices, sheet, told.seconds,
     found.target.hosts))
 
 

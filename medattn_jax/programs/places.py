@@ -55,19 +55,20 @@ class Places(NamedTuple):
   singles: tuple[Single, ...]
 
 
-def of(text: str, depth: int, largest: int, rounds: int = 1) -> Places:
+def of(text: str, depth: int, largest: int) -> Places:
   """Gathers a compiled program's costs by place, `depth` modules deep; lists the `largest` singly.
 
-  Cycles where the compiler counts them, else the bytes moved. `rounds`: as in report.read.
+  Cycles where the compiler counts them, else the bytes moved. A loop counts as often as it runs;
+  once where the text does not tell.
   """
-  cycles = {one.name: one.cycles for one in report.costs(text, rounds)}
+  cycles = {one.name: one.cycles for one in report.costs(text)}
   unit, near = ("cycles", traffic.VMEM) if cycles else ("bytes", None)
   program, entry = traffic.parse(text)
   moved, hbm = (
-    {one.name: bytes.total() for one, _, bytes in traffic.each(text, rounds, memory)}
+    {one.name: bytes.total() for one, _, bytes in traffic.each(text, memory, unknown=1)}
     for memory in (None, near))
   costs, singles = collections.defaultdict(collections.Counter), []
-  for _, one, times in traffic.run(program, entry, rounds):
+  for _, one, times in traffic.run(program, entry, unknown=1):
     bytes = moved.get(one.name, 0), hbm.get(one.name, 0)
     cost = cycles.get(one.name, 0) if cycles else bytes[0]
     if not cost and not any(bytes):

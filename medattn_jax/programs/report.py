@@ -35,7 +35,8 @@ class Collective(NamedTuple):
 class Cost(NamedTuple):
   """One instruction of those that run, by the compiler's own estimate."""
 
-  cycles: int  # of all its rounds
+  times: int
+  cycles: int  # of all of them
   name: str
   kind: str
   shape: str
@@ -89,12 +90,8 @@ class Report(NamedTuple):
       "inside": sum(one.inside for one in self.collectives), **fields}
 
 
-def read(compiled: Any, rounds: int = 1) -> Report:
-  """A report of a `jax.stages.Compiled`.
-
-  `rounds`: how often a loop runs where the text does not tell it, as a TPU's never does; of
-  `cycles` alone.
-  """
+def read(compiled: Any) -> Report:
+  """A report of a `jax.stages.Compiled`."""
   text, memory = compiled.as_text(), compiled.memory_analysis()
   cost = compiled.cost_analysis() or {}
   parts = {
@@ -103,13 +100,16 @@ def read(compiled: Any, rounds: int = 1) -> Report:
      ("temporaries", "temp"))}
   held = parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temporaries"]
   seconds = cost.get("optimal_seconds")
-  cycles = sum(one.cycles for one in costs(text, rounds))
+  each = costs(text)
+  cycles, once = (sum(own) for own in ([one.cycles for one in each],
+                                       [one.cycles / one.times for one in each]))
   return Report(
     collectives=collectives(text), donated=donated(text), **parts,
     # A CPU's peak is of the arguments alone.
     peak=max(memory.peak_memory_in_bytes, held if "cpu" in _platform(compiled) else 0),
     flops=cost.get("flops"), accessed=cost.get("bytes accessed"),
-    seconds=seconds + len(_UNKNOWN.findall(text)) if seconds is not None and cycles else None,
+    seconds=None if seconds is None or not cycles else
+    (seconds + len(_UNKNOWN.findall(text))) * cycles / once,
     cycles=cycles or None)
 
 
@@ -147,17 +147,17 @@ def inputs(lowered: jax.stages.Lowered) -> list[str]:
   return [one.location.name_str for one in main.arguments]
 
 
-def costs(text: str, rounds: int = 1) -> list[Cost]:
+def costs(text: str) -> list[Cost]:
   """The instructions that run and that a TPU's compiler gives cycles, in the order of the text.
 
-  A loop's body counts as often as it runs: as the text says, or else `rounds` times.
+  A loop's body counts as often as it runs; once where the text does not tell.
   """
   program, entry = traffic.parse(text)
   found = []
-  for _, one, times in traffic.run(program, entry, rounds):
+  for _, one, times in traffic.run(program, entry, unknown=1):
     if cycles := _CYCLES.search(one.rest):
       found.append(Cost(
-        times * int(cycles.group(1)), one.name, one.kind, one.shape, scope(one, program)))
+        times, times * int(cycles.group(1)), one.name, one.kind, one.shape, scope(one, program)))
   return found
 
 

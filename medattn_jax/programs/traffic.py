@@ -40,7 +40,7 @@ class Instruction(NamedTuple):
   shape: str
   kind: str
   operands: list[str]
-  number: int  # of a parameter
+  number: int  # of a parameter; a constant that is a whole number; else -1
   rest: str
   root: bool
 
@@ -52,58 +52,79 @@ class UnknownLoop(ValueError):
   """A loop whose number of rounds the program's text does not tell."""
 
 
-def moved(text: str, rounds: int | None = None, near: str | None = None) -> dict[str, int]:
+def moved(text: str, near: str | None = None) -> dict[str, int]:
   """{dtype: bytes read and written} by one run of a compiled program (`compiled.as_text()`).
 
   Arguments and errors as `each`.
   """
-  return dict(sum((bytes for *_, bytes in each(text, rounds, near)), collections.Counter()))
+  return dict(sum((bytes for *_, bytes in each(text, near)), collections.Counter()))
+
+
+def repeats(text: str) -> float:
+  """What is moved over what would be, did each loop run once. Errors as `each`."""
+  every = [(times, bytes.total()) for _, times, bytes in each(text)]
+  return sum(bytes for _, bytes in every) / sum(bytes / times for times, bytes in every)
 
 
 def each(
-    text: str, rounds: int | None = None, near: str | None = None
+    text: str, near: str | None = None, unknown: int | None = None
 ) -> list[tuple[Instruction, int, collections.Counter]]:
   """Every instruction that moves bytes: itself, how often it runs, and {dtype: bytes} in all.
 
   Loops, calls and branches are entered; a fusion is one instruction.
 
   Args:
-    rounds: of a loop of which the text does not tell.
     near: the memory space whose arrays are not counted.
+    unknown: how often a loop is taken to run of which the text does not tell.
 
   Raises:
-    UnknownLoop: there is such a loop, and `rounds` is None.
+    UnknownLoop: there is such a loop, and `unknown` is None.
   """
   program, entry = parse(text)
   found = []
-  for inside, one, times in run(program, entry, rounds):
+  for inside, one, times in run(program, entry, unknown):
     if bytes := bytes_of(program, inside, one, near):
       found.append((one, times, _multiplied(bytes, times)))
   return found
 
 
 def run(
-    program: Program, name: str, rounds: int | None = None, times: int = 1
+    program: Program, name: str, unknown: int | None = None, times: int = 1
 ) -> Iterator[tuple[str, Instruction, int]]:
   """(computation, instruction, how often) of all that a computation runs; of a branch, the side
   that moves more. Arguments and errors as `each`."""
   for one in program[name].values():
     if one.kind == "while":
-      told = _TRIPS.search(one.rest)
-      if not told and rounds is None:
+      number = _rounds(program, one) or unknown
+      if number is None:
         raise UnknownLoop(one.name)
-      number = int(told.group(1)) if told else rounds
-      yield from run(program, _called(one, "body"), rounds, times * number)
+      yield from run(program, _called(one, "body"), unknown, times * number)
     elif one.kind == "call":
-      yield from run(program, _called(one, "to_apply"), rounds, times)
+      yield from run(program, _called(one, "to_apply"), unknown, times)
     elif one.kind == "conditional":
       names = _names(_BRANCHES.search(one.rest)) or [
         _called(one, key) for key in ("true_computation", "false_computation")]
-      sides = [list(run(program, side, rounds, times)) for side in names]
+      sides = [list(run(program, side, unknown, times)) for side in names]
       yield from max(sides, key=lambda side: sum(
         number * bytes_of(program, name, one).total() for name, one, number in side))
     else:
       yield name, one, times
+
+
+def _rounds(program: Program, loop: Instruction) -> int | None:
+  """How often a loop runs; None where the text does not tell.
+
+  A GPU's and a CPU's says so. Of a TPU's the condition does: JAX counts from 0 up to a constant.
+  """
+  if told := _TRIPS.search(loop.rest):
+    return int(told.group(1))
+  within = program[_called(loop, "condition")]
+  for one in within.values():
+    if one.root and one.kind == "compare" and "direction=LT" in one.rest:
+      counter, end = (within[name] for name in one.operands)
+      if counter.kind == "get-tuple-element" and end.kind == "constant" and end.number >= 0:
+        return end.number
+  return None
 
 
 def floats(text: str, least: int) -> list[str]:
@@ -139,7 +160,8 @@ def parse(text: str) -> tuple[Program, str]:
       kind, _, right = right.strip().partition("(")
       operands, rest = _split("(" + right)
       names = re.findall(r"%([\w.\-]+)", operands)
-      number = int(operands[1:-1]) if kind == "parameter" else -1
+      told = kind in ("parameter", "constant") and operands[1:-1].isdigit()
+      number = int(operands[1:-1]) if told else -1
       program[current][name] = Instruction(name, shape, kind, names, number, rest, bool(root))
   return program, entry
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from medattn_jax.programs import traffic
+from medattn_jax.programs import report, traffic
 
 
 def compiled(function, *shapes):
@@ -127,3 +127,41 @@ ENTRY %main (x: bf16[64,128]) -> ((f32[128], f32[128]), bf16[64,128]) {
 }
 """
   assert traffic.moved(text) == {"bf16": 2 * 2 * 64 * 128, "f32": 2 * 4 * 128}
+
+
+def looping(name, end, inside):
+  """A computation `name`, as a TPU's compiler writes them, that runs `inside` `end` times."""
+  state = "(s32[]{:T(128)}, f32[64]{0:T(128)})"
+  return f"""
+%{name}_cond (p.{name}: (s32[], f32[64])) -> pred[] {{
+  %end.{name} = s32[]{{:T(128)}} constant({end}), metadata={{op_name="jit(local)/while/cond/lt"}}
+  %p.{name} = {state} parameter(0)
+  %i.{name} = s32[]{{:T(128)}} get-tuple-element(%p.{name}), index=0
+  ROOT %lt.{name} = pred[]{{:T(512)}} compare(%i.{name}, %end.{name}), direction=LT
+}}
+
+%{name}_body (q.{name}: (s32[], f32[64])) -> (s32[], f32[64]) {{
+  %q.{name} = {state} parameter(0)
+  {inside}
+  ROOT %t.{name} = {state} tuple(%q.{name})
+}}
+"""
+
+
+def test_a_tpus_loops_run_as_often_as_their_conditions_say():
+  state = "(s32[]{:T(128)}, f32[64]{0:T(128)})"
+  loop = lambda name, given: (
+    f"%w.{name} = {state} while(%{given}), condition=%{name}_cond, body=%{name}_body")
+  add = '%y = f32[64]{0:T(128)} add(%x, %x), backend_config={"estimated_cycles":"10"}'
+  text = (
+    "HloModule m\n" + looping("inner", 4, f"%x = f32[64]{{0:T(128)}} parameter(1)\n  {add}")
+    + looping("outer", 3, loop("inner", "q.outer"))
+    + f"\nENTRY %main (q: (s32[], f32[64])) -> f32[64] {{\n  %q = {state} parameter(0)\n"
+    f"  %x = f32[64]{{0:T(128)}} parameter(1)\n  {loop('outer', 'q')}\n"
+    f"  ROOT {add.replace('10', '100')}\n}}\n")
+  assert traffic.moved(text) == {"f32": (3 * 4 + 1) * 3 * 4 * 64}
+  assert traffic.repeats(text) == 13 / 2
+  assert [(one.times, one.cycles) for one in report.costs(text)] == [(12, 120), (1, 100)]
+  unsure = text.replace("constant(3)", "parameter(1)")
+  with pytest.raises(traffic.UnknownLoop):
+    traffic.moved(unsure)
