@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.rows import count, drawn, written
 from medattn_jax.errors import UserError
 
 MODEL = ("a model from data sheets, not a measurement: it compares programs; real steps are slower")
@@ -64,12 +65,12 @@ def main() -> None:
   parser.add_argument("--phase", help="with commas between; the page's last by default")
   parser.add_argument("--target", required=True, help="with commas between")
   parser.add_argument("--by-scope", type=int, default=0, metavar="N", help="how many instructions")
-  parser.add_argument("--depth", type=int, default=3, help="of the modules' path in --by-scope")
-  parser.add_argument("--plot", type=pathlib.Path, metavar="FILE")
-  parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="the figures as JSON")
+  parser.add_argument("--depth", type=count, default=3, help="of the modules' path in --by-scope")
+  parser.add_argument("--plot", type=drawn, metavar="FILE")
+  parser.add_argument("--save", type=written, metavar="FILE", help="the figures as JSON")
   parser.add_argument("--against", type=pathlib.Path, metavar="FILE", help="what --save kept")
   parser.add_argument("--text", type=pathlib.Path, metavar="DIR", help="for the programs' texts")
-  parser.add_argument("--account", type=pathlib.Path, metavar="FILE", help="Markdown, of all of it")
+  parser.add_argument("--account", type=written, metavar="FILE", help="Markdown, of all of it")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
   try:

@@ -27,6 +27,7 @@ from benchmarks import rows
 from medattn_jax.errors import UserError
 from medattn_jax.programs import chips, traffic
 
+CLASSIFIERS = ("linear", "conv")
 SIZES = {
   "small": {"images": "400,1600,6400", "image_size": 48, "backbone": "cnn", "batch": 32,
             "rounds": 4, "steps": 4},
@@ -59,14 +60,14 @@ class Program(NamedTuple):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--classifiers", default="linear,conv")
+  parser.add_argument("--classifiers", default=",".join(CLASSIFIERS))
   parser.add_argument("--images", help="of the bank, with commas between")
-  parser.add_argument("--image-size", type=int, help="pixels a side")
+  parser.add_argument("--image-size", type=rows.count, help="pixels a side")
   parser.add_argument("--backbone")
-  parser.add_argument("--batch", type=int)
-  parser.add_argument("--hidden", type=int, default=8, help="channels of the conv classifier")
-  parser.add_argument("--rounds", type=int)
-  parser.add_argument("--steps", type=int, help="of a round")
+  parser.add_argument("--batch", type=rows.count)
+  parser.add_argument("--hidden", type=rows.count, default=8, help="channels of conv")
+  parser.add_argument("--rounds", type=rows.count)
+  parser.add_argument("--steps", type=rows.count, help="of a round")
   parser.add_argument("--target", help="compile for a chip that is not here, and run nothing")
   flags = rows.parsed(parser, SIZES)
   if flags.target:
@@ -87,8 +88,14 @@ def main() -> None:
 
 
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
-  from medattn_jax import bank, sharding
+  from medattn_jax import bank, models, sharding
 
+  for name, value, known in (("classifiers", flags.classifiers.split(","), CLASSIFIERS),
+                             ("backbone", [flags.backbone], tuple(models.attending()))):
+    if strange := set(value) - set(known):
+      raise UserError(f"--{name}: {min(strange)}; accepted: {', '.join(known)}")
+  if not all(one.isdigit() and int(one) for one in flags.images.split(",")):
+    raise UserError(f"--images={flags.images}; accepted: numbers with commas between")
   mesh = sharding.mesh(chips.devices(flags.target) if flags.target else None)
   without, found = train_program(flags, mesh, None, None), []
   for classifier in flags.classifiers.split(","):
@@ -132,7 +139,7 @@ def figures(programs, held, flags, classifier, count, mesh) -> dict[str, Any]:
       "passes": of("map", "u8") / share,
       "passes_in_step": (of("step", "u8") - of("without", "u8")) / share,
       "float_bytes_over_bank": (of("map", "f32") + of("map", "bf16")) / share}
-  except traffic.UnknownLoop:  # the TPU's compiler does not say how often a loop runs
+  except traffic.UnknownLoop:
     found |= {"passes": None, "passes_in_step": None, "float_bytes_over_bank": None}
   times = {name: [] for name in programs}
   for _ in range(0 if flags.target else flags.rounds):

@@ -47,11 +47,11 @@ def main() -> None:
   parser.add_argument("--model", help="demo, zoom_in_net or zoom_in_net_fast")
   parser.add_argument("--phase", default="c", help="m, a or c")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 but on a CPU")
-  parser.add_argument("--batch", type=int, help="patients of a device")
-  parser.add_argument("--image-size", type=int, help="of the small view, pixels a side")
-  parser.add_argument("--devices", type=int, default=1)
-  parser.add_argument("--rounds", type=int)
-  parser.add_argument("--steps", type=int, help="of a round")
+  parser.add_argument("--batch", type=rows.count, help="patients of a device")
+  parser.add_argument("--image-size", type=rows.count, help="of the small view, pixels a side")
+  parser.add_argument("--devices", type=rows.count, default=1)
+  parser.add_argument("--rounds", type=rows.count)
+  parser.add_argument("--steps", type=rows.count, help="of a round")
   flags = rows.parsed(parser, SIZES)
   try:
     found = measure(flags)
@@ -94,7 +94,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   compiled, seconds = steps.compiled(now.lower_train_step)
   programs["whole"] = {"whole": (
     steps.Running(compiled, sharded(now, start), now.put_train([host])),
-    steps.counted(now.lower_train_step()), compiled, seconds)}
+    steps.flops(page, flags.phase, count) / count, compiled, seconds)}
 
   times = {(name, kind): [] for name, kinds in programs.items() for kind in kinds}
   for kinds in programs.values():
@@ -120,7 +120,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     found.append(rows.row(
       "breakdown", config={**pages.describe(page, flags.phase), "part": name},
       compile_seconds=seconds, milliseconds=milliseconds, images=now.images,
-      flops=operations, memory=report.read(compiled).peak, **shared,
+      flops=operations and count * operations, memory=report.read(compiled).peak, **shared,
       forward_ms=rows.rounded(min(times[name, "forward"])) if "forward" in kinds else None))
   whole = found[-1]["step_ms"]["min"]
   for one in found:
@@ -133,8 +133,11 @@ def prepared(function: Callable, given: Any, state: Any = ()) -> tuple:
   import jax
 
   from benchmarks import steps
+  from medattn_jax.step import compiler_options
 
-  lower = lambda: jax.jit(function, donate_argnums=0).lower(state, given)
+  options = compiler_options(jax.default_backend())
+  jitted = jax.jit(function, donate_argnums=0, compiler_options=options)
+  lower = lambda: jitted.lower(state, given)
   compiled, seconds = steps.compiled(lower)
   return steps.Running(compiled, state, given), steps.counted(lower()), compiled, seconds
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.rows import count
 from medattn_jax.errors import UserError
 
 
@@ -43,7 +44,7 @@ def main() -> None:
   parser.add_argument("--phase", help="the page's last by default")
   parser.add_argument("--target", required=True, help="with commas between")
   parser.add_argument("--remat", help="with commas between; the page's own by default")
-  parser.add_argument("--most", type=int, default=4096, help="images a chip to try at most")
+  parser.add_argument("--most", type=count, default=4096, help="images a chip to try at most")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
   try:

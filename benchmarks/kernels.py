@@ -70,10 +70,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--models", help="with commas between")
   parser.add_argument("--phase", help="of models that have m, a, c; c by default")
-  parser.add_argument("--batch", type=int, help="patients of pairs, else images")
-  parser.add_argument("--image-size", type=int, help="pixels a side")
-  parser.add_argument("--steps", type=int, help="under the profiler")
-  parser.add_argument("--rows", type=int, help="instructions to list")
+  parser.add_argument("--batch", type=rows.count, help="patients of pairs, else images")
+  parser.add_argument("--image-size", type=rows.count, help="pixels a side")
+  parser.add_argument("--steps", type=rows.count, help="under the profiler")
+  parser.add_argument("--rows", type=rows.count, help="instructions to list")
   flags = rows.parsed(parser, SIZES)
   found, texts = [], []
   try:

@@ -2,7 +2,9 @@
 
 shard_map is the product's: each device takes its share, and what a platform is good at joins them
 (medattn_jax/joining.py). vector is the same with one all-reduce of one vector, wherever it runs.
-jit leaves what lies where to the compiler; pmap is how it was done before meshes.
+jit leaves what lies where to the compiler; pmap is how it was done before meshes, and takes none of
+XLA's options that the others' programs have (`compiler_options` in step.py). On a CPU oneDNN is not
+called where the compiler shares out what devices do.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 from medattn_jax import sharding
 from medattn_jax.errors import UserError
 from medattn_jax.experiment import Experiment
-from medattn_jax.step import State, local_step, make_train_step
+from medattn_jax.step import State, compiler_options, local_step, make_train_step
 
 WAYS = ("shard_map", "vector", "jit", "pmap")
 
@@ -55,7 +57,8 @@ def spread(now: Experiment, way: str) -> Spread:
     step = jax.jit(
       local_step(now.apply, now.optimizer, devices=1, axis=None, **now.step_options),
       in_shardings=(where, sharding.batched(now.mesh, axis=1)),
-      out_shardings=(where, sharding.replicated(now.mesh)), donate_argnums=0)
+      out_shardings=(where, sharding.replicated(now.mesh)), donate_argnums=0,
+      compiler_options=compiler_options(now.mesh.devices.flat[0].platform))
     return Spread(step, place, now.put_train, jax.device_get)
 
   count, devices = now.mesh.size, list(now.mesh.devices.flat)

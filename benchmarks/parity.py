@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.rows import figure, parsed, say, stop
+from benchmarks.rows import count, figure, parsed, say, stop
 
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
 SIZES = {"small": {"models": "resnet18,googlenet,resnet50", "sizes": "197"},
@@ -59,7 +59,7 @@ def main() -> None:
                       help="golden where ../shared is, else torch, by default")
   parser.add_argument("--sizes", help="pixels a side, for --reference=torch")
   parser.add_argument("--shared", type=pathlib.Path, default=SHARED, help="of golden answers")
-  parser.add_argument("--rounds", type=int, default=3, help="timed forward passes")
+  parser.add_argument("--rounds", type=count, default=3, help="timed forward passes")
   flags = parsed(parser, SIZES, usual="full")
   rows = []
   for case, reference in cases(flags):

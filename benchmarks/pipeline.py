@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import rows
 from medattn_jax.data import workers
+from medattn_jax.errors import UserError
 
 SIZES = {
   "small": {"image_size": 400, "patients": 8, "steps": 150, "rounds": 3},
@@ -40,21 +41,22 @@ WARM = 3  # batches of a round before it is timed
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--image-size", type=int, help="pixels a side")
-  parser.add_argument("--patients", type=int)
-  parser.add_argument("--batch", type=int, default=4, help="patients of a batch")
-  parser.add_argument("--steps", type=int, help="batches of a round")
-  parser.add_argument("--threads", type=int, help="of a private pool; TensorFlow's own by default")
-  parser.add_argument("--rounds", type=int)
-  parser.add_argument("--device-rate", type=float, help="images a second of an accelerator")
+  parser.add_argument("--image-size", type=rows.count, help="pixels a side")
+  parser.add_argument("--patients", type=rows.count)
+  parser.add_argument("--batch", type=rows.count, default=4, help="patients of a batch")
+  parser.add_argument("--steps", type=rows.count, help="batches of a round")
+  parser.add_argument("--threads", type=rows.count, help="of a pool; TensorFlow's own by default")
+  parser.add_argument("--rounds", type=rows.count)
+  parser.add_argument("--device-rate", type=rows.above_zero, help="of a device: images a second")
   parser.add_argument("--data-dir", help="where the drawn set is kept; a temporary folder else")
   parser.add_argument("--data", help="a prepared set to read instead: its folder, of --image-size")
   parser.add_argument("--decoded", action="store_true", help="read photographs kept decoded")
   flags = rows.parsed(parser, SIZES)
-  if flags.device_rate is not None and not flags.device_rate > 0:
-    rows.stop("pipeline", f"--device-rate={flags.device_rate:g}; accepted: a number above zero")
   with tempfile.TemporaryDirectory() as scratch:
-    row = measure(flags, flags.data_dir or scratch)
+    try:
+      row = measure(flags, flags.data_dir or scratch)
+    except UserError as error:
+      rows.stop("pipeline", error)
   rows.say([row], table(row), flags.json)
   if flags.plot:
     plot(row, flags.plot)

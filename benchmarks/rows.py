@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def stop(benchmark: str, why: object) -> NoReturn:
@@ -17,13 +20,53 @@ def stop(benchmark: str, why: object) -> NoReturn:
   sys.exit(2)
 
 
+def count(text: str) -> int:
+  """A flag's whole number above zero."""
+  if not (text.isascii() and text.isdigit() and int(text)):
+    raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number above zero")
+  return int(text)
+
+
+def above_zero(text: str) -> float:
+  """A flag's number above zero."""
+  try:
+    if 0 < (number := float(text)) < math.inf:
+      return number
+  except ValueError:
+    pass
+  raise argparse.ArgumentTypeError(f"{text!r}; accepted: a number above zero")
+
+
+def written(text: str) -> pathlib.Path:
+  """A flag's file that can be written: found out before anything is measured."""
+  path = pathlib.Path(text)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    path.open("ab").close()
+    if not there:
+      path.unlink()
+  except OSError as error:
+    raise argparse.ArgumentTypeError(
+      f"{text}: {(error.strerror or str(error)).lower()}; accepted: a file that can be written"
+    ) from None
+  return path
+
+
+def drawn(text: str) -> pathlib.Path:
+  """`written`, of a figure."""
+  if not text.lower().endswith(FIGURES):
+    raise argparse.ArgumentTypeError(f"{text}; accepted: a name that ends in {', '.join(FIGURES)}")
+  return written(text)
+
+
 def parsed(
   parser: argparse.ArgumentParser, sizes: Mapping[str, Mapping[str, Any]], usual: str = "small"
 ) -> argparse.Namespace:
   """The flags, --size, --plot and --json among them; one not given has its size's value."""
   parser.add_argument("--size", choices=sizes, default=usual,
                       help=f"defaults of the others; {usual} by default")
-  parser.add_argument("--plot", type=pathlib.Path, help="a file for the figure")
+  parser.add_argument("--plot", type=drawn, help="a file for the figure")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags = parser.parse_args()
   for name, value in sizes[flags.size].items():

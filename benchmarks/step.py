@@ -38,13 +38,13 @@ def main() -> None:
   parser.add_argument("--models", help="with commas between")
   parser.add_argument("--phases", default="m,a,c", help="of models that have them")
   parser.add_argument("--dtypes", help="float32, bfloat16; bfloat16 but on a CPU")
-  parser.add_argument("--batch", type=int, help="of a device: patients of pairs, else images")
-  parser.add_argument("--image-size", type=int, help="pixels a side")
-  parser.add_argument("--accumulation", type=int, default=1, help="small batches of a step")
+  parser.add_argument("--batch", type=rows.count, help="a device's patients of pairs, else images")
+  parser.add_argument("--image-size", type=rows.count, help="pixels a side")
+  parser.add_argument("--accumulation", type=rows.count, default=1, help="small batches of a step")
   parser.add_argument("--devices", help="how many, with commas between; all of an accelerator's")
   parser.add_argument("--parallel", default="shard_map", help="shard_map, vector, jit, pmap")
-  parser.add_argument("--rounds", type=int)
-  parser.add_argument("--steps", type=int, help="of a round")
+  parser.add_argument("--rounds", type=rows.count)
+  parser.add_argument("--steps", type=rows.count, help="of a round")
   flags = rows.parsed(parser, SIZES)
   from benchmarks import steps
 

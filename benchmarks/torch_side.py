@@ -326,6 +326,10 @@ class Side:
       **({} if way == "users" else {"fused": True}))
     self.host = [self._ready(batch) for batch in batches]
     self.number = 0
+    # As ours, but for `users`: the next batch is brought up beside the step before it.
+    ahead = self.device.type == "cuda" and way != "users"
+    self.uploads = torch.cuda.Stream() if ahead else None
+    self.ahead: tuple[torch.Tensor, ...] | None = None
     self.forward: Callable = {"torch": self._classify, "best": self._best, "users": self._second}[
       way]
     self.normalised = normalised
@@ -371,11 +375,22 @@ class Side:
     first, *others = (F.cross_entropy(y.float(), level) for y in answers)
     return first + self.page.loss.auxiliary * sum(others)
 
-  def _inputs(self, batch):
-    level = self._up(batch["level"])
+  def _uploaded(self, batch):
+    with torch.cuda.stream(self.uploads):  # None: where everything runs
+      return self._up(batch["image"]), self._up(batch["level"])
+
+  def _inputs(self):
+    batch, after = (self.host[(self.number + one) % len(self.host)] for one in range(2))
     if self.way != "users":
-      return self._up(batch["image"]), level
-    view = self._up(batch["view"])
+      ready = self.ahead or self._uploaded(batch)
+      if self.uploads:
+        here = torch.cuda.current_stream()
+        here.wait_stream(self.uploads)
+        for x in ready:
+          x.record_stream(here)
+        self.ahead = self._uploaded(after)
+      return ready
+    level, view = self._up(batch["level"]), self._up(batch["view"])
     with torch.no_grad(), self._autocast():
       gated = self.net.look(view)[3]
     first = corners(select_on_the_host(gated.cpu().numpy(), self.page), self.page)
@@ -385,9 +400,9 @@ class Side:
 
   def step(self) -> torch.Tensor:
     """One update; the loss before it, on the device."""
-    batch = self.host[self.number % len(self.host)]
+    inputs = self._inputs()
     self.number += 1
-    loss = self.forward(*self._inputs(batch))
+    loss = self.forward(*inputs)
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     self.optimizer.step()

@@ -48,25 +48,23 @@ NEEDED = ("torch", "torchvision", "timm")
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--models", help="with commas between")
-  parser.add_argument("--batch", type=int, help="patients of pairs, else images")
-  parser.add_argument("--image-size", type=int, help="pixels a side")
+  parser.add_argument("--batch", type=rows.count, help="patients of pairs, else images")
+  parser.add_argument("--image-size", type=rows.count, help="pixels a side")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 but on a CPU")
   parser.add_argument("--torch-compile", choices=("yes", "parts", "no"),
                       help="as a whole, block by block or not; as a whole but on a CPU")
   parser.add_argument("--torch-layout", choices=("last", "first"), default="last",
                       help="where PyTorch keeps channels")
-  parser.add_argument("--cores", type=int, help="of the CPU, for each side; all by default")
-  parser.add_argument("--at-once", type=int, default=1, metavar="N",
+  parser.add_argument("--cores", type=rows.count, help="of the CPU, for each side; all by default")
+  parser.add_argument("--at-once", type=rows.count, default=1, metavar="N",
                       help="models that have room beside one another: for a host of many cores")
-  parser.add_argument("--rounds", type=int)
-  parser.add_argument("--seconds", type=float, help="of a round, about")
+  parser.add_argument("--rounds", type=rows.count)
+  parser.add_argument("--seconds", type=rows.above_zero, help="of a round, about")
   parser.add_argument("--check", action="store_true", help="exit with 1 where losses differ")
   flags = rows.parsed(parser, SIZES)
   if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
     rows.stop("versus_torch", f"{', '.join(missing)} would have to be installed; accepted: "
               "pip install 'medattn_jax[parity]'")
-  if flags.at_once < 1:
-    rows.stop("versus_torch", f"--at-once={flags.at_once}; accepted: 1 or more")
   found = []
   models, many = flags.models.split(","), flags.at_once
   try:
