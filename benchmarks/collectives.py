@@ -1,7 +1,7 @@
 """What do the devices say to each other in a step? Counted in the programs compiled for 1, 2, 8.
 
 `python -m benchmarks.collectives [--config=FILE [--phases=P,…] [--config.KEY=VALUE …]]
-[--devices=1,2,8] [--json]`
+[--devices=1,2,8] [--json] [--plot=FILE]`
 
 Compiles the train step of every phase for so many devices of a CPU (a process for each page) and
 counts: collectives, their kinds and bytes, those in a loop or a branch, the donated buffers of the
@@ -51,6 +51,7 @@ def main() -> None:
   parser.add_argument("--size", choices=["small"], default="small", help="without --config")
   parser.add_argument("--phases", help="of --config, with commas between; all by default")
   parser.add_argument("--devices", default="1,2,8", help="numbers, with commas between")
+  parser.add_argument("--plot", type=rows.drawn, metavar="FILE", help="bytes that are summed")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
   try:
@@ -58,6 +59,8 @@ def main() -> None:
   except UserError as error:
     rows.stop("collectives", error)
   rows.say(found, table(found), flags.json)
+  if flags.plot:
+    plot(found, flags.plot)
   broken = [line for row in found for line in faults(row)]
   for line in broken:
     print(line, file=sys.stderr)
@@ -150,6 +153,26 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
   return rows.table(
     ("page", "phase", "devices", "collectives", "bytes", "in a loop", "leaves donated",
      "temporaries MB", "compile s"), lines)
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """Bytes that a device gives to the collectives of each step, and how many these are."""
+  several = [row for row in found if row["devices"] > 1] or found
+
+  def draw(panel):
+    names = [f"{row['config']['page']}, {row['config']['phase']}, {row['devices']} devices"
+             for row in several]
+    sizes = [sum(row["wire_bytes"].values()) / 1e6 for row in several]
+    bars = panel.barh(names, sizes, height=0.6, color="#4c78a8")
+    kinds = [", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none"
+             for row in several]
+    panel.bar_label(bars, kinds, padding=3, fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=0.25)
+    panel.tick_params(axis="y", labelsize=8)
+    panel.set_xlabel("MB that a device gives to a step's collectives")
+
+  rows.figure(path, 7, 1 + 0.32 * len(several), draw)
 
 
 if __name__ == "__main__":

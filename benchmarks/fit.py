@@ -1,7 +1,7 @@
 """How many images a chip has room for: the largest batch of a page's train step, on named chips.
 
 `python -m benchmarks.fit --config=FILE [--phase=P] --target=v5e,h200 [--remat=none,blocks]
-[--config.KEY=VALUE …] [--most=4096] [--json]`
+[--config.KEY=VALUE …] [--most=4096] [--json] [--plot=FILE]`
 
 Compiles the step for each target (a process for each batch that is tried; see benchmarks.aot), with
 as many images a chip as the page's group of normalisation and its pairs allow, and the page's own
@@ -20,11 +20,12 @@ import argparse
 import itertools
 import json
 import math
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.rows import count
+from benchmarks.rows import count, drawn, figure
 from medattn_jax.errors import UserError
 
 
@@ -45,6 +46,7 @@ def main() -> None:
   parser.add_argument("--target", required=True, help="with commas between")
   parser.add_argument("--remat", help="with commas between; the page's own by default")
   parser.add_argument("--most", type=count, default=4096, help="images a chip to try at most")
+  parser.add_argument("--plot", type=drawn, metavar="FILE", help="bytes of a chip by its images")
   parser.add_argument("--json", action="store_true", help="the JSON lines alone")
   flags, rest = parser.parse_known_args()
   try:
@@ -56,6 +58,8 @@ def main() -> None:
     print("\n".join(map(words, rows)))
   for row in rows:
     print(json.dumps(row, allow_nan=False))
+  if flags.plot:
+    plot(rows, flags.plot)
   sys.exit(not all(row["images_per_chip"] for row in rows))
 
 
@@ -174,6 +178,27 @@ def words(row: Mapping[str, Any]) -> str:
     head = (f"{where}: {row['images_per_chip']} images a chip{more}: data.batch_size = "
             f"{row['batch_size']} on {row['devices']} of them")
   return "\n".join([head, *lines])
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """What a chip needs for so many images, and what it has room for; a cross does not fit."""
+
+  def draw(panel):
+    for number, row in enumerate(found):
+      colour, label = f"C{number % 10}", f"{row['target']}, remat {row['remat']}"
+      known = [one for one in row["tried"] if one["needs"]]
+      panel.plot([one["images"] for one in known], [one["needs"] / 1e9 for one in known], "-",
+                 color=colour, linewidth=1, label=label)
+      for one in known:
+        panel.plot(one["images"], one["needs"] / 1e9, "o" if one["fits"] else "x", color=colour)
+      if row["accepted_bytes"]:
+        panel.axhline(row["accepted_bytes"] / 1e9, color=colour, linewidth=0.8, linestyle="--")
+    panel.set_xlabel("images a chip")
+    panel.set_ylabel("GB at the peak; room dashed")
+    panel.set_title(f"{found[0]['config']['file']}, phase {found[0]['phase']}", fontsize=10)
+    panel.legend(frameon=False, fontsize=8)
+
+  figure(path, 5.6, 3.8, draw)
 
 
 if __name__ == "__main__":

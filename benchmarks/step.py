@@ -9,8 +9,9 @@ zoom_in_net, zoom_in_net_fast) with its phases. Batches are those of a device. T
 --parallel take turns in one run. FLOPs are XLA's count of the lowered program; bytes are read off
 the compiled one. The roofline is the longer of the FLOPs at the rate of this device's own matrix
 products and the bytes at the rate of its own copies, both measured here: a step cannot be faster
-than its program's roofline, but where caches spare it bytes. mfu is the FLOPs' share of that
-matmul ceiling (null on a CPU); data_sheet_share of the chip's data sheet.
+than its program's roofline, but where caches spare it bytes, and on a CPU where oneDNN, which it
+calls, multiplies faster than the products measured here. mfu is the FLOPs' share of that matmul
+ceiling (null on a CPU); data_sheet_share of the chip's data sheet.
 
 Needs JAX, flax and optax: neither TensorFlow nor config pages.
 """

@@ -67,3 +67,11 @@ def test_every_model_keeps_the_rule(monkeypatch, capsys):
   assert {(row["config"]["page"], row["config"]["phase"]) for row in rows} == {
     ("zoom_in_net", "m"), ("zoom_in_net", "a"), ("zoom_in_net", "c"), ("m_net", "joint"),
     ("global_attention", "joint"), ("global_attention", "frozen")}
+
+
+def test_what_is_summed_is_drawn(tmp_path):
+  rows = [{"config": {"page": "m_net", "phase": "joint"}, "devices": n,
+           "collectives": {"all-reduce": 1} if n > 1 else {}, "wire_bytes": {"f32": 4000}}
+          for n in (1, 2, 8)]
+  collectives.plot(rows, tmp_path / "figure.png")
+  assert (tmp_path / "figure.png").stat().st_size > 5000

@@ -138,3 +138,12 @@ def test_a_tpus_compiler_decides(monkeypatch, capsys):
   (found,) = map(json.loads, capsys.readouterr().out.splitlines())
   fits = {one["images"]: one["fits"] for one in found["tried"]}
   assert fits[found["images_per_chip"]] and not fits[found["images_per_chip"] + 8192]
+
+
+def test_what_was_tried_is_drawn(tmp_path):
+  tried = [{"images": 8 * n, "fits": n < 3, "needs": n * 10**9 if n < 3 else None}
+           for n in (1, 2, 3)]
+  row = {"target": "v5e", "remat": "none", "tried": tried, "accepted_bytes": 2 * 10**9,
+         "config": {"file": "page.py"}, "phase": "c"}
+  fit.plot([row, {**row, "accepted_bytes": None}], tmp_path / "figure.png")
+  assert (tmp_path / "figure.png").stat().st_size > 5000
