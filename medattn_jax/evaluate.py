@@ -223,7 +223,8 @@ def run(
   model = trained.open_workdir(workdir, step)
   dataset = open_data(model.config, data)
   split = choose_split(dataset, split)
-  datasets.check_levels(dataset, model.config.model.num_classes)
+  read = {split, "validation"} & set(dataset.splits)
+  datasets.check_levels(dataset, sorted(read), model.config.model.num_classes)
   check_same(dataset)
   identity = {
     "data": dataset.name, "own_data": data is None, "split": split, "step": model.step,

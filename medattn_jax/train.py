@@ -270,7 +270,7 @@ def check_splits(dataset: DataSet, num_classes: int) -> bool:
         f"data set {dataset.name} in {dataset.folder} has no split train, only "
         f"{', '.join(dataset.splits)}; accepted: a set to train on"
     )
-  datasets.check_levels(dataset, num_classes)
+  datasets.check_levels(dataset, dataset.splits, num_classes)
   graded = not {"test", "validation"}.isdisjoint(dataset.splits)
   if not graded:
     console.warn(

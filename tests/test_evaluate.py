@@ -293,3 +293,27 @@ def test_m_net_has_one_branch_and_no_lesions(untrained_m_net, tmp_path):
   assert list(found["branches"]) == ["m_net"] and "lesion_recall" not in found
   kappas = {found["branches"]["m_net"]["quadratic_weighted_kappa"], found["kappa_thresholds"]}
   assert len(kappas) == 1
+
+
+def test_levels_that_the_model_has_not_are_refused_before_one_is_graded(
+  untrained, monkeypatch, tmp_path
+):
+  """Those of the split that is graded and of the one that tunes; another's do not matter."""
+  levels = {"train": 9, "validation": 2, "test": 4}
+  there = types.SimpleNamespace(
+    name="d", splits=dict.fromkeys(levels, 1), levels=lambda split: np.array([levels[split]]))
+
+  def begun(*_):
+    raise RuntimeError("begun")
+
+  monkeypatch.setattr(evaluate, "open_data", lambda *_: there)
+  monkeypatch.setattr(evaluate, "check_same", begun)
+  monkeypatch.setattr(evaluate, "graded", None)
+  evaluated = lambda: evaluate.run(str(untrained), data="d", out=str(tmp_path))
+  with pytest.raises(RuntimeError, match="begun"):
+    evaluated()
+  for split in ("test", "validation"):
+    levels[split] = 5
+    with pytest.raises(UserError, match=f"split {split}, has level 5; accepted: at least 6"):
+      evaluated()
+    levels[split] = 1

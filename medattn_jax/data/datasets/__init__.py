@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from medattn_jax.data import schema
@@ -56,9 +57,9 @@ def find(name: str) -> pathlib.Path:
   return found[0]
 
 
-def check_levels(dataset: Any, num_classes: int) -> None:
-  """Raises UserError where a split has levels that a model of so many cannot answer."""
-  for split in dataset.splits:
+def check_levels(dataset: Any, splits: Iterable[str], num_classes: int) -> None:
+  """Raises UserError where one of the splits has a level that a model of so many cannot answer."""
+  for split in splits:
     if (highest := int(dataset.levels(split).max(initial=-1))) >= num_classes:
       raise UserError(
         f"model.num_classes = {num_classes}: data set {dataset.name}, split {split}, has level "
