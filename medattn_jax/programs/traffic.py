@@ -95,10 +95,11 @@ def run(
   that moves more. Arguments and errors as `each`."""
   for one in program[name].values():
     if one.kind == "while":
-      number = _rounds(program, one) or unknown
-      if number is None:
+      told = _rounds(program, one)
+      if (number := unknown if told is None else told) is None:
         raise UnknownLoop(one.name)
-      yield from run(program, _called(one, "body"), unknown, times * number)
+      if number:
+        yield from run(program, _called(one, "body"), unknown, times * number)
     elif one.kind == "call":
       yield from run(program, _called(one, "to_apply"), unknown, times)
     elif one.kind == "conditional":

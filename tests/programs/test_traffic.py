@@ -162,6 +162,8 @@ def test_a_tpus_loops_run_as_often_as_their_conditions_say():
   assert traffic.moved(text) == {"f32": (3 * 4 + 1) * 3 * 4 * 64}
   assert traffic.repeats(text) == 13 / 2
   assert [(one.times, one.cycles) for one in report.costs(text)] == [(12, 120), (1, 100)]
+  never = text.replace("constant(3)", "constant(0)")
+  assert traffic.repeats(never) == 1 and [one.times for one in report.costs(never)] == [1]
   unsure = text.replace("constant(3)", "parameter(1)")
   with pytest.raises(traffic.UnknownLoop):
     traffic.moved(unsure)
