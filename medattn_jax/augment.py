@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from medattn_jax import apart
+from medattn_jax import apart, platforms
 
 # Whether rows are flipped, columns are, and then both are exchanged. The first changes nothing.
 VIEWS = np.array([(rows, columns, transpose) for transpose in (False, True)
@@ -89,7 +89,7 @@ def move(images: Num[Array, "n s s c"], drawn: Draw | None) -> Num[Array, "n s s
 def dihedral(images: Num[Array, "n s s c"], flips: Bool[Array, "n 3"]) -> Num[Array, "n s s c"]:
   """Flips rows, then columns, then transposes, each where its bit is set. Squares only."""
   # XLA's CPU would else make the choice anew for each use of a pixel.
-  return jax.lax.platform_dependent(
+  return platforms.dependent(
     images, flips, cpu=functools.partial(apart.call, _at_once), default=_at_once)
 
 

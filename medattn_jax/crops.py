@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
-from medattn_jax import apart
+from medattn_jax import apart, platforms
 from medattn_jax.errors import UserError
 
 Array = jax.Array | np.ndarray
@@ -104,7 +104,7 @@ def small_view(
     return (images.astype(jnp.float32) / 255).astype(dtype)
   shape = (count, size, size, channels)
   down, across = _resize_weights(height, size), _resize_weights(width, size) / np.float32(255)
-  return jax.lax.platform_dependent(
+  return platforms.dependent(
     images, tpu=by_matrix, cpu=in_two, default=by_taps).astype(dtype)
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from medattn_jax import platforms
+
 if TYPE_CHECKING:
   import ml_collections
 
@@ -85,7 +87,7 @@ def shared(number: Any) -> jax.Array:
   network has hundreds of leaves.
   """
   read = lambda x: jax.lax.optimization_barrier(jnp.full(2, x))[0]
-  return jax.lax.platform_dependent(jnp.float32(number), cuda=read, default=lambda x: x)
+  return platforms.dependent(jnp.float32(number), cuda=read, default=lambda x: x)
 
 
 def divided(gradients: Any, weight: jax.Array) -> Any:
@@ -97,12 +99,12 @@ def divided(gradients: Any, weight: jax.Array) -> Any:
     weight = shared(jnp.maximum(weight, 1e-8))
     return jax.tree.map(lambda g: g / weight, tree)
 
-  return jax.lax.platform_dependent(gradients, weight, cuda=on_cuda, default=plain)
+  return platforms.dependent(gradients, weight, cuda=on_cuda, default=plain)
 
 
 def norm(tree: Any) -> jax.Array:
   """The root of the sum of a tree's squares, float32."""
-  return jax.lax.platform_dependent(tree, cuda=_norm_by_parts, default=optax.tree.norm)
+  return platforms.dependent(tree, cuda=_norm_by_parts, default=optax.tree.norm)
 
 
 _PARTS, _FEW = 256, 16

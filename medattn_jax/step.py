@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from medattn_jax import augment, joining, losses, optim, sharding
+from medattn_jax import augment, joining, losses, optim, platforms, sharding
 
 # XLA's options for a step, by platform. A CPU's convolutions are left to Eigen: YNNPACK runs one of
 # up to 64 features on one core alone. A GPU's products are left to cuBLAS, which adds to them what
@@ -183,7 +183,7 @@ def local_step(
     own_stats = jax.tree.map(lambda s: s / count, own_stats)
     grads, slope = optim.divided(grads, sums["weight"])
     if not axis or order is not None:
-      grads = jax.lax.platform_dependent(grads, cuda=_laid_out, default=lambda x: x)
+      grads = platforms.dependent(grads, cuda=_laid_out, default=lambda x: x)
     images = jnp.maximum(sums["images"], 1)
     metrics = {
         "loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-8),
@@ -201,7 +201,7 @@ def local_step(
       constants = common.keep(constants, made, age)
 
     # A GPU's compiler else copies what it overwrites before the norm has read it.
-    whole, metrics["parameter_norm"] = jax.lax.platform_dependent(
+    whole, metrics["parameter_norm"] = platforms.dependent(
       (whole, metrics["parameter_norm"]), cuda=jax.lax.optimization_barrier, default=lambda x: x)
     updates, opt_state = optimizer.update(grads, state.opt_state, whole)
     params = optax.apply_updates(whole, updates)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from medattn_jax import apart, onednn
+from medattn_jax import apart, onednn, platforms
 from medattn_jax.models import blocks
 
 
@@ -24,7 +24,7 @@ def convolve(
       # Held apart: a GPU's compiler fails where it fuses this and what is computed twice (see
       # `remat`) to the product.
       x = jax.lax.optimization_barrier(x[:, ::stride, ::stride])
-    return jax.lax.platform_dependent(
+    return platforms.dependent(
       x, kernel[0, 0], tpu=_convolve_point, cpu=_multiply_on_cpu, cuda=_multiply_on_cuda,
       default=_multiply)
   if math.prod(x.shape[1:3]) <= 4 and max(x.shape[1:3]) < max(kernel.shape[:2]):
@@ -34,7 +34,7 @@ def convolve(
   if stride == 2 and x.shape[-1] <= 4 and kernel.shape[0] == kernel.shape[1] and (
       padding[0] == padding[1]):
     on_cuda = functools.partial(_convolve_picture, padding=padding[0])
-  return jax.lax.platform_dependent(
+  return platforms.dependent(
     x, kernel, cpu=functools.partial(_convolve_on_cpu, **where), cuda=on_cuda, default=plain)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from medattn_jax import platforms
 from medattn_jax.models.remat import dear
 
 Array = jax.Array
@@ -100,7 +101,7 @@ def moments(
   x: Float[Array, "G g n pC"], inside: Inside, count: int, channels: int,
 ) -> tuple[Float[Array, "G 1 1 C"], Float[Array, "G 1 1 C"]]:
   """The mean and the variance of each channel, float32."""
-  sums = jax.lax.platform_dependent(
+  sums = platforms.dependent(
     x, cuda=lambda x: _sums_at_once(_squared(x), inside),
     default=lambda x: tuple(_sum(one, inside) for one in _squared(x)))
   mean, square = (_of_channels(one, channels) / count for one in sums)
@@ -143,7 +144,7 @@ def _backward(epsilon, count, relu, saved, cotangents):
     wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     if relu:
       before = wide * tile(scale * inverse, x) + tile(shift, x)
-      gradient = jax.lax.platform_dependent(
+      gradient = platforms.dependent(
         gradient, before, cuda=_let_through, default=lambda g, x: jnp.where(x > 0, g, 0))
     return gradient, wide - tile(mean, x)
 
@@ -161,12 +162,12 @@ def _backward(epsilon, count, relu, saved, cotangents):
     both = _sums_at_once((gradient, gradient * centred), inside)
     return tuple(_of_channels(one, channels) for one in both)
 
-  along_one, along_unit = jax.lax.platform_dependent(
+  along_one, along_unit = platforms.dependent(
     gradient, x, centred, cpu=on_cpu, cuda=on_cuda, default=sums)
   along_unit = inverse * along_unit
   if relu:
     # Computed anew: a GPU's compiler would write what ReLU lets through, to read it twice.
-    again = jax.lax.platform_dependent(
+    again = platforms.dependent(
       x, cuda=jax.lax.optimization_barrier, default=lambda x: x), cotangents[0]
     gradient, centred = read(*again)
   # All that is of a channel first: of each pixel two products are left.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from medattn_jax import platforms
 from medattn_jax.models import blocks, convolution, moments
 from medattn_jax.models.blocks import Blocks
 from medattn_jax.models.remat import dear
@@ -206,7 +207,7 @@ class Conv(nn.Module):
       return convolution.add_product(
         rows(x), rows(y.astype(self.dtype)), kernel[0, 0], bias).reshape(x.shape)
 
-    return jax.lax.platform_dependent(x, y, kernel, bias, cuda=on_cuda, default=plain)
+    return platforms.dependent(x, y, kernel, bias, cuda=on_cuda, default=plain)
 
   def convolve(self, x: Any, kernel: Float[Array, "k l c d"]) -> Any:
     """The convolution with any kernel of this one's size."""

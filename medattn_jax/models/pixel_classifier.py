@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num, UInt8
 
+from medattn_jax import platforms
+
 Params = dict[str, Any]
 
 # Rows that are float at a time where they must be: a slice's temporaries, whatever the bank.
@@ -106,7 +108,7 @@ def scores(answers: Float[Array, "m h w"], params: Params) -> Float[Array, "h w"
 @jax.custom_vjp
 def project(kernel: Float[Array, "r m"], images: Num[Array, "r h w"]) -> Float[Array, "m h w"]:
   """Σ over rows of kernel × images, one pass over the images. They have no gradient."""
-  return jax.lax.platform_dependent(
+  return platforms.dependent(
     kernel, images, cuda=_fused, tpu=_product, default=_blocked)
 
 
@@ -115,7 +117,7 @@ def _project_forward(kernel, images):
 
 
 def _project_backward(images, gradient):
-  kernel = jax.lax.platform_dependent(
+  kernel = platforms.dependent(
     gradient, images, cuda=_fused_gradient, tpu=_product_gradient, default=_blocked_gradient)
   return kernel, None
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from medattn_jax import platforms
 from medattn_jax.models import blocks
 from medattn_jax.models.blocks import Blocks
 from medattn_jax.models.norm import Array
@@ -37,7 +38,7 @@ def maximum(
   """
   around = tuple(around)
   gathered = lambda x: _gathered(x, size, stride, around, x.shape[1:3])
-  return jax.lax.platform_dependent(
+  return platforms.dependent(
     x, cpu=gathered, cuda=gathered,
     default=lambda x: nn.max_pool(x, (size, size), (stride, stride), around))
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from medattn_jax import platforms
+
 _DEAR = "dear"
 _POLICIES = {
   "elementwise": jax.checkpoint_policies.save_only_these_names(_DEAR),
@@ -80,7 +82,7 @@ def _relu_backward(kept, y, gradient):
   # XLA sees that y is above zero where x is, and would keep x too; a GPU's then cannot make y in
   # the product or convolution that it is the end of.
   del kept
-  y = jax.lax.platform_dependent(y, cuda=jax.lax.optimization_barrier, default=lambda y: y)
+  y = platforms.dependent(y, cuda=jax.lax.optimization_barrier, default=lambda y: y)
   return (jnp.where(y > 0, gradient, 0),)
 
 

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from medattn_jax import platforms
+
 
 @pytest.fixture(scope="session")
 def draw_variables():
@@ -36,7 +38,7 @@ def a_gpus_ways(monkeypatch):
       asked.extend(ways)
       return ways.get("cuda", default)(*given)
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    monkeypatch.setattr(platforms, "dependent", chosen)
     return asked
 
   return begin

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from medattn_jax import apart
+from medattn_jax import apart, platforms
 from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import scaled
 from medattn_jax.models.norm import Array, ConvBN
@@ -35,7 +34,7 @@ def space_to_depth(x: Float[Array, "b h w c"], block: int) -> Float[Array, "b h2
 
   if x.shape[-1] > 3:
     return folded(x)
-  return jax.lax.platform_dependent(
+  return platforms.dependent(
     x, cpu=functools.partial(apart.call, folded), default=folded)
 
 
