@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import ml_collections
 
-from medattn_jax import config as pages
 from medattn_jax import (
+  compilation_cache,
   console,
   continuation,
   evaluate,
@@ -30,6 +30,7 @@ from medattn_jax import (
   processes,
   sharding,
 )
+from medattn_jax import config as pages
 from medattn_jax.checkpoint import Checkpoints
 from medattn_jax.compiling import Compiling
 from medattn_jax.data import datasets
@@ -83,7 +84,11 @@ def run(config: ml_collections.ConfigDict, path: str) -> None:
     continuation.refuse_strangers(directory, config, checkpoints)
     if not checkpoints.any():
       processes.same("weights to begin from", weights.check(config))
-    keep_compiled(directory.path / "compilation_cache")
+    kept = directory.path / compilation_cache.NAME
+    if jax.process_index() == 0:
+      compilation_cache.drop_damaged(kept)
+    processes.meet()  # before others read there
+    compilation_cache.use(kept)
     compiling = stack.enter_context(Compiling())
     ahead = begin_compiling(config, checkpoints, compiling)
     dataset = evaluate.open_data(config, None)
@@ -277,19 +282,6 @@ def check_splits(dataset: DataSet, num_classes: int) -> bool:
         f"data set {dataset.name} has neither a test nor a validation split: nothing is evaluated"
     )
   return graded
-
-
-def keep_compiled(folder: pathlib.Path) -> None:
-  """Compiled programs of this run are kept in its workdir: a second start does not compile them.
-
-  But for a CPU's train step that calls oneDNN (see `onednn`).
-  """
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  if jax.default_backend() != "gpu":
-    # XLA's cache of kernels, which GPUs alone have: with it each key would hold the folder's name,
-    # and a workdir that was moved would be compiled anew.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def host_batches(work: Run, now: Experiment, step: int) -> Iterator[list[dict]]:

@@ -22,7 +22,7 @@ NAME = "medattn_jax"
 # unless that floor is one of SHARED. A folder (models, data, analysis, programs) is one piece.
 FLOORS = (
   {"errors", "console", "files", "manifest", "arrays", "signals", "processes", "heap",
-   "onednn", "apart", "platforms"},
+   "onednn", "apart", "platforms", "compilation_cache"},
   {"losses", "metrics", "optim", "augment", "contrast", "crops", "sharding", "joining", "initial",
    "checkpoint", "config", "workdir"},
   {"models", "data", "analysis", "programs"},
