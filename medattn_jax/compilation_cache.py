@@ -19,6 +19,9 @@ def use(folder: pathlib.Path) -> None:
 
   But for a CPU's train step that calls oneDNN (see `onednn`).
   """
+  if folder.exists() and not folder.is_dir():
+    console.warn(f"{folder}: is no folder; compiled programs are not kept")
+    return
   jax.config.update("jax_compilation_cache_dir", str(folder))
   if jax.default_backend() != "gpu":
     # XLA's cache of kernels, which GPUs alone have: with it each key would hold the folder's name,
@@ -33,13 +36,17 @@ def drop_damaged(folder: pathlib.Path) -> None:
   One was torn if its process was killed as it was written. JAX would compile it anew at each start
   and never write over it.
   """
+  damaged = []
   for entry in sorted(folder.glob("*-cache")):  # JAX's ending
     try:
       if not _whole(files.read_bytes(entry)):
         entry.unlink()
-        console.warn(f"{entry}: is damaged; removed, and compiled anew")
+        damaged.append(entry)
     except OSError as error:
       console.warn(f"{entry}: {error.strerror}; it is compiled anew")
+  if damaged:
+    more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+    console.warn(f"{damaged[0]}{more}: damaged; removed, and compiled anew")
 
 
 def _whole(content: bytes) -> bool:

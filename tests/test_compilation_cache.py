@@ -47,8 +47,8 @@ def test_what_is_damaged_is_removed_and_written_anew(compiled, tmp_path, capsys,
   written = kept.stat().st_mtime_ns
 
   compilation_cache.drop_damaged(tmp_path)
-  said = capsys.readouterr().err.splitlines()
-  assert [line.split(": ")[2] for line in said] == [str(file) for file in (torn, flipped, empty)]
+  assert capsys.readouterr().err == (
+    f"medattn: warning: {torn} and 2 more: damaged; removed, and compiled anew\n")
   assert list(tmp_path.glob("*-cache")) == [kept]
 
   assert compiled(tmp_path, 1, 2, 3, 4).keys() == whole.keys()
@@ -66,3 +66,11 @@ def test_what_cannot_be_read_is_said_and_left(tmp_path, capsys):
 def test_a_folder_that_is_not_there_yet_has_nothing_damaged(tmp_path, capsys):
   compilation_cache.drop_damaged(tmp_path / "new")
   assert not capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_where_a_file_is_in_its_place_nothing_is_kept(tmp_path, capsys):
+  (tmp_path / compilation_cache.NAME).write_text("")
+  before = jax.config.jax_compilation_cache_dir
+  compilation_cache.use(tmp_path / compilation_cache.NAME)
+  assert jax.config.jax_compilation_cache_dir == before
+  assert "is no folder; compiled programs are not kept" in capsys.readouterr().err
