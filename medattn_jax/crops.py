@@ -264,7 +264,21 @@ def cut(
   images: UInt8[Array, "b full full 3"], corners: Int32[Array, "b n 2"], size: int,
 ) -> UInt8[Array, "b n size size 3"]:
   """Cuts size² windows at `corners` (row, column), which have to lie inside (see `corners`)."""
-  def one(image, corner):
-    return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, image.shape[-1]))
+  def at_once(images, corners):
+    def one(image, corner):
+      return jax.lax.dynamic_slice(image, (*corner, 0), (size, size, image.shape[-1]))
 
-  return jax.vmap(jax.vmap(one, (None, 0)))(images, corners)
+    return jax.vmap(jax.vmap(one, (None, 0)))(images, corners)
+
+  def one_by_one(images, corners):  # a TPU's compiler would turn each window by itself, in a loop
+    def one(numbered):
+      number, corner = numbered
+      return jax.lax.dynamic_slice(
+        images, (number, *corner, 0), (1, size, size, images.shape[-1]))[0]
+
+    count, each, _ = corners.shape
+    numbers = jnp.repeat(jnp.arange(count), each)
+    found = jax.lax.map(one, (numbers, corners.reshape(-1, 2)))
+    return found.reshape(count, each, *found.shape[1:])
+
+  return platforms.dependent(images, corners, tpu=one_by_one, default=at_once)

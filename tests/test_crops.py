@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medattn_jax import crops
+from medattn_jax import crops, platforms
 from medattn_jax.errors import UserError
 
 
@@ -176,10 +176,12 @@ def test_wrong_options_are_named(options, word):
     crops.select_regions(jnp.zeros((1, 14, 14, 5)), **options)
 
 
-def test_cut_is_slicing():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_cut_is_slicing(platform, monkeypatch):
+  monkeypatch.setattr(platforms, "traced_for", lambda: platform)
   images = np.random.default_rng(2).integers(0, 256, (3, 21, 21, 3)).astype(np.uint8)
   first = np.array([[(0, 0), (13, 13)], [(0, 13), (5, 7)], [(13, 0), (12, 1)]], np.int32)
-  found = np.asarray(jax.jit(crops.cut, static_argnums=2)(images, first, 8))
+  found = np.asarray(jax.jit(lambda *given: crops.cut(*given, 8))(images, first))
   assert found.dtype == np.uint8
   for image, places, patches in zip(images, first, found, strict=True):
     for (row, column), patch in zip(places, patches, strict=True):
