@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from medattn_jax import augment
+from medattn_jax import augment, platforms
 
 ALL = dict(dihedral=True, mirror=False, shift=0.25, brightness=0.1, contrast=0.2, colour=0.1)
 
@@ -67,13 +68,33 @@ def test_a_mirror_flips_left_and_right_alone():
   assert 0.4 < drawn.flips[:, 1].mean() < 0.6
 
 
-def test_a_shift_moves_pixels_and_fills_with_zero():
-  image = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1)
-  drawn = augment.Draw(None, jnp.array([[1, -2]]), None, None, None)
-  moved = np.asarray(augment.move(jnp.array(image), drawn))[0, :, :, 0]
-  expected = np.zeros((4, 4), np.uint8)
-  expected[1:, :2] = image[0, :3, 2:, 0]
-  np.testing.assert_array_equal(moved, expected)
+def shift_by_hand(image, down, across):
+  moved, side = np.zeros_like(image), len(image)
+  for row in range(side):
+    for column in range(side):
+      if 0 <= row - down < side and 0 <= column - across < side:
+        moved[row, column] = image[row - down, column - across]
+  return moved
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
+def test_a_shift_moves_pixels_and_fills_with_zero(platform, dtype, monkeypatch):
+  """On every platform, to the last bit; and the gradient goes back the way the pixels came."""
+  monkeypatch.setattr(platforms, "traced_for", lambda: platform)
+  rng = np.random.default_rng(0)
+  offsets = np.array([(0, 0), (1, -2), (-3, 4), (4, 4), (-5, 1)], np.int32)
+  images, slope = (jnp.asarray(255 * rng.random((5, 5, 5, 2)), dtype) for _ in range(2))
+  drawn = augment.Draw(None, jnp.asarray(offsets), None, None, None)
+  by_hand = lambda arrays, sign: np.stack([
+    shift_by_hand(array, *(sign * by)) for array, by in zip(arrays, offsets, strict=True)])
+
+  moved = jax.jit(lambda x: augment.move(x, drawn))(images)
+  assert moved.dtype == dtype
+  np.testing.assert_array_equal(moved, by_hand(np.asarray(images), 1))
+  if dtype != jnp.uint8:
+    (back,) = jax.vjp(lambda x: augment.move(x, drawn), images)[1](slope)
+    np.testing.assert_array_equal(back, by_hand(np.asarray(slope), -1))
 
 
 def test_normalising_shades_each_image_of_a_batch_of_pairs():
