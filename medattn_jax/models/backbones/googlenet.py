@@ -132,8 +132,8 @@ class GoogLeNet(nn.Module):
     of = functools.partial(scaled, width=self.width)
 
     def first(x, train):
-      x = unit(of(64), (size, size), stride, name="conv1")(x, train)
-      return x if small else ceil_max_pool(x, 3)
+      pool = None if small else functools.partial(ceil_max_pool, size=3)
+      return unit(of(64), (size, size), stride, name="conv1")(x, train, pool)
 
     def second(x, train):
       x = unit(of(64), name="conv2")(x, train)
