@@ -246,16 +246,16 @@ def conv_bn(
   the kernels of those with a negative gamma have changed their sign.
 
   Args:
-    conv: without bias.
     pool: a maximum of windows, that gives no blocks; or None.
   """
   if pool is None:
     return norm(conv(x), train, relu)
-  kernel, _ = conv.weights(x.channels if isinstance(x, Blocks) else x.shape[-1])
+  kernel, bias = conv.weights(x.channels if isinstance(x, Blocks) else x.shape[-1])
   held = norm.values(conv.features)
   sign = jnp.where(held.scale < 0, -1.0, 1.0)
   scale = held.scale * sign  # and not abs: at zero that has no slope
   x = conv.convolve(x, kernel * sign)
+  x = x if bias is None else add_bias(x, bias * sign)
   y = pool(x)
   if not train:
     gain = scale * jax.lax.rsqrt(held.var.value + norm.epsilon)

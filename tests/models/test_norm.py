@@ -2,13 +2,14 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from medattn_jax.models import blocks, convolution, moments
-from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias
+from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias, conv_bn
 from medattn_jax.models.pooling import max_pool
 
 
@@ -174,6 +175,31 @@ def test_padding_is_symmetric(kernel, stride, padding, side):
   weights = np.asarray(variables["params"]["kernel"])[..., 0]
   corner = (padded[:kernel[0], :kernel[1]] * weights).sum()
   np.testing.assert_allclose(y[0, 0, 0, 0], corner, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_maximum_taken_first_knows_of_a_bias(train):
+  class Unit(nn.Module):
+    @nn.compact
+    def __call__(self, x, first):
+      conv, norm = Conv(4, (3, 3), use_bias=True, name="conv"), GroupBatchNorm(2, 0.9, name="bn")
+      if first:
+        return conv_bn(conv, norm, x, train, max_pool, relu=True)
+      return max_pool(norm(conv(x), train, relu=True))
+
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(4, 9, 9, 3)), jnp.float32)
+  draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+  variables = Unit().init(jax.random.key(0), x, True)
+  params = jax.tree.map(draw, variables["params"])
+  assert (params["bn"]["scale"] < 0).any() and (params["bn"]["scale"] > 0).any()
+
+  def loss(params, first):
+    y, left = Unit().apply({**variables, "params": params}, x, first, mutable=["batch_stats"])
+    return jnp.square(y).sum(), (y, left)
+
+  found, wanted = (jax.grad(loss, has_aux=True)(params, first) for first in (True, False))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -17,7 +17,7 @@ from jaxtyping import Float, Key
 from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
 from medattn_jax.models.dropout import dropout
-from medattn_jax.models.norm import Array, Conv, GroupBatchNorm
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn
 from medattn_jax.models.pooling import adaptive_average, maximum
 
 # Features and number of the convolutions of each block.
@@ -70,17 +70,17 @@ class VGG16(nn.Module):
     part = remat.parts(self, self.remat, train)
 
     def chain(x, train, *, number, features, layers, pool):
-      for _ in range(layers):
+      greatest = functools.partial(maximum, size=2)
+      for left in reversed(range(layers)):
         conv = Conv(features, (3, 3), use_bias=True, dtype=self.dtype, name=f"features-{number}")
-        x = conv(x)
         if self.norm:
           number += 1
           norm = GroupBatchNorm(self.group_size, self.momentum, name=f"features-{number}")
-          x = norm(x, train, relu=True)
+          x = conv_bn(conv, norm, x, train, None if left or not pool else greatest, relu=True)
         else:
-          x = remat.relu(x)
+          x = remat.relu(conv(x))
         number += 2
-      return maximum(x, 2) if pool else x
+      return greatest(x) if pool and not self.norm else x
 
     for block, (features, layers) in zip(self.STAGES, BLOCKS, strict=True):
       own = functools.partial(
