@@ -270,7 +270,8 @@ def cut(
 
     return jax.vmap(jax.vmap(one, (None, 0)))(images, corners)
 
-  def one_by_one(images, corners):  # a TPU's compiler would turn each window by itself, in a loop
+  # A TPU's compiler makes a loop of the other too, and in it turns each window by itself.
+  def one_by_one(images, corners):
     def one(numbered):
       number, corner = numbered
       return jax.lax.dynamic_slice(
