@@ -70,17 +70,18 @@ class VGG16(nn.Module):
     part = remat.parts(self, self.remat, train)
 
     def chain(x, train, *, number, features, layers, pool):
-      greatest = functools.partial(maximum, size=2)
       for left in reversed(range(layers)):
         conv = Conv(features, (3, 3), use_bias=True, dtype=self.dtype, name=f"features-{number}")
+        greatest = functools.partial(maximum, size=2) if pool and not left else None
         if self.norm:
           number += 1
           norm = GroupBatchNorm(self.group_size, self.momentum, name=f"features-{number}")
-          x = conv_bn(conv, norm, x, train, None if left or not pool else greatest, relu=True)
+          x = conv_bn(conv, norm, x, train, greatest, relu=True)
         else:
           x = remat.relu(conv(x))
+          x = greatest(x) if greatest else x
         number += 2
-      return greatest(x) if pool and not self.norm else x
+      return x
 
     for block, (features, layers) in zip(self.STAGES, BLOCKS, strict=True):
       own = functools.partial(
