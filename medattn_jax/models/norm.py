@@ -275,8 +275,10 @@ class ConvBN(nn.Module):
   """Convolution (`conv`), GroupBatchNorm (`bn`), ReLU: the unit of the networks here.
 
   Attributes as in `Conv` and `GroupBatchNorm`; `relu=False` leaves the activation out.
-  `wide_apart`: `together` does not join units of WIDE features. (A TPU would only cut them apart
-  again: compiled for a v5e, 5 % more cycles.)
+  `mean`: weighted means of neighbours, of the input: taken of what a 1×1 convolution makes of it,
+  as they commute and its features are fewer.
+  `apart`: `together` joins neither units of WIDE features nor those with `mean`. (A TPU would only
+  cut them apart again: compiled for a v5e, 5 and 3 % more cycles.)
   """
 
   features: int
@@ -289,7 +291,8 @@ class ConvBN(nn.Module):
   epsilon: float = 1e-5
   scale_init: Callable = nn.initializers.ones
   dtype: Any = jnp.float32
-  wide_apart: bool = False
+  mean: Callable | None = None
+  apart: bool = False
 
   def setup(self):
     self.conv = Conv(
@@ -298,33 +301,37 @@ class ConvBN(nn.Module):
 
   def __call__(
     self, x: Float[Array, "b h w c"] | Blocks, train: bool, pool: Callable | None = None,
-    mean: Callable | None = None,
   ) -> Float[Array, "b h2 w2 d"] | Blocks:
-    """The unit's answer.
-
-    Args:
-      pool: as in `conv_bn`.
-      mean: weighted means of neighbours, of `x`: taken of what a 1×1 convolution makes of it, as
-        they commute and its features are fewer.
-    """
-    if mean is None:
+    """The unit's answer; `pool` as in `conv_bn`, of a unit without `mean`."""
+    if self.mean is None:
       return conv_bn(self.conv, self.bn, x, train, pool, self.relu)
-    x = self.conv(x)
-    return self.bn(mean(x).astype(x.dtype), train, self.relu)
+    return self.averaged(self.conv(x), train)
+
+  def averaged(self, y: Float[Array, "b h w d"], train: bool) -> Float[Array, "b h w d"]:
+    """The answer of a unit with `mean`, from what its convolution made."""
+    return self.bn(self.mean(y).astype(y.dtype), train, self.relu)
 
 
 def together(
   units: Sequence[ConvBN], x: Float[Array, "b h w c"], train: bool,
 ) -> list[Float[Array, "b h2 w2 d"]]:
-  """[unit(x, train) for each], of units that differ in their features alone.
+  """[unit(x, train) for each], of units that differ in their features and their means alone.
 
   They are computed as one: a TPU works on 128 channels at a time, be they there or not, and a
-  GPU's product of all writes its input's gradient once.
+  GPU's product of all writes its input's gradient once. Those with means come last.
   """
-  if units[0].wide_apart and max(unit.features for unit in units) >= WIDE:
-    return [unit(x, train) for unit in units]
-  y = joined(units, x, train, [slice(0, x.shape[-1])] * len(units))
-  return jnp.split(y, np.cumsum([unit.features for unit in units])[:-1], axis=-1)
+  plain = sum(unit.mean is None for unit in units)
+  if units[0].apart:
+    if max(unit.features for unit in units[:plain]) >= WIDE:
+      return [unit(x, train) for unit in units]
+    if plain < len(units):
+      return together(units[:plain], x, train) + [unit(x, train) for unit in units[plain:]]
+  y = _convolved(units, x, [slice(0, x.shape[-1])] * len(units))
+  ends = np.cumsum([unit.features for unit in units])
+  parts = _normalised(units[:plain], y[..., :ends[plain - 1]], train)
+  averaged = zip(units[plain:], jnp.split(y, ends[:-1], axis=-1)[plain:], strict=True)
+  return [*jnp.split(parts, ends[:plain - 1], axis=-1),
+          *(unit.averaged(of, train) for unit, of in averaged)]
 
 
 def joined(
@@ -336,11 +343,18 @@ def joined(
     units: differ in their features alone.
     reads: which channels are whose. The others meet zeros in its kernel.
   """
+  return _normalised(units, _convolved(units, x, reads), train)
+
+
+def _convolved(units, x, reads):
   kernels = []
   for unit, read in zip(units, reads, strict=True):
     kernel, _ = unit.conv.weights(read.stop - read.start)
     around = (read.start, x.shape[-1] - read.stop)
     kernels.append(jnp.pad(kernel, ((0, 0), (0, 0), around, (0, 0))) if any(around) else kernel)
-  y = units[0].conv.convolve(x, jnp.concatenate(kernels, -1))
+  return units[0].conv.convolve(x, jnp.concatenate(kernels, -1))
+
+
+def _normalised(units, y, train):
   held = [unit.bn.values(unit.features) for unit in units]
   return normalise(units[0].bn, held, y, train, units[0].relu)

@@ -1,5 +1,6 @@
 """Normalisation over groups is what it says, and its closed-form gradient is the gradient."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from medattn_jax.models import blocks, convolution, moments
-from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias, conv_bn
+from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias, conv_bn, together
 from medattn_jax.models.pooling import max_pool
 
 
@@ -262,26 +263,65 @@ def test_means_after_a_1x1_convolution_are_means_before_it():
   """With their gradients; the result keeps the unit's dtype whatever the means' is."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 6, 5, 8)).astype(np.float32)
-  unit = ConvBN(3, group_size=2)
-  variables = unit.init(jax.random.key(0), x, True)
-
   def mean(x):  # of 3×3, with zeros beyond the edges
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     return total / np.float32(9)
 
+  unit = ConvBN(3, group_size=2)
+  variables = unit.init(jax.random.key(0), x, True)
+
   def loss(params, x, first):
     given = {**variables, "params": params}
     y, _ = (unit.apply(given, mean(x), True, mutable=["batch_stats"]) if first else
-            unit.apply(given, x, True, mean=mean, mutable=["batch_stats"]))
+            unit.clone(mean=mean).apply(given, x, True, mutable=["batch_stats"]))
     return jnp.sum(jnp.sin(y)), y
 
   run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
                run(variables["params"], x, False), run(variables["params"], x, True))
-  half = ConvBN(3, group_size=2, dtype=jnp.bfloat16)
   wide = lambda x: mean(x.astype(jnp.float32))
-  y, _ = half.apply(variables, x, True, mean=wide, mutable=["batch_stats"])
+  half = ConvBN(3, group_size=2, dtype=jnp.bfloat16, mean=wide)
+  y, _ = half.apply(variables, x, True, mutable=["batch_stats"])
   assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("apart, products", [(False, 3), (True, 9)])
+def test_units_computed_together_are_the_units(train, apart, products):
+  """With means or without; one product for all, and one for each of its gradients."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(4, 6, 5, 8)).astype(np.float32)
+  slopes = [rng.normal(size=(4, 6, 5, features)).astype(np.float32) for features in (3, 4, 2, 5)]
+
+  def mean(x):
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") / 9
+
+  class Units(nn.Module):
+    at_once: bool
+
+    @nn.compact
+    def __call__(self, x):
+      unit = functools.partial(ConvBN, group_size=2, apart=apart)
+      units = [unit(3, name="a"), unit(4, name="b"), unit(2, mean=mean, name="c"),
+               unit(5, mean=lambda x: 2 * mean(x), name="d")]
+      return together(units, x, train) if self.at_once else [unit(x, train) for unit in units]
+
+  variables = Units(False).init(jax.random.key(0), x)
+  variables = jax.tree.map(
+    lambda a: a + rng.uniform(0, 0.5, a.shape).astype(np.float32), variables)
+
+  def run(at_once):
+    def loss(params, x):
+      ys, left = Units(at_once).apply({**variables, "params": params}, x, mutable=["batch_stats"])
+      return sum((y * slope).sum() for y, slope in zip(ys, slopes, strict=True)), (ys, left)
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True)), (variables["params"], x)
+
+  (each, given), (joined, _) = run(False), run(True)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+               joined(*given), each(*given))
+  count = lambda step: step.lower(*given).as_text().count("dot_general")
+  assert (count(joined), count(each)) == (products, 12)
 
 
 def test_a_biass_gradient_is_summed_in_float32():

@@ -30,17 +30,20 @@ def chain(
   return x
 
 
-def side_by_side(unit: Callable, x: Array, train: bool, branches: Sequence) -> list[Array]:
-  """Each branch's answer to `x`; their first units, all 1×1, are computed as one.
+def side_by_side(
+  unit: Callable, x: Array, train: bool, branches: Sequence, *more: ConvBN,
+) -> list[Array]:
+  """Each branch's answer to `x`, and of each unit more; their first units, all 1×1, are computed
+  as one.
 
   Units are named branch<i>-<j>, a branch's only one branch<i>.
   """
   names = [f"branch{i}-0" if len(b) > 1 else f"branch{i}" for i, b in enumerate(branches)]
   firsts = together(
-    [unit(*b[0], name=name) for b, name in zip(branches, names, strict=True)], x, train)
+    [*(unit(*b[0], name=name) for b, name in zip(branches, names, strict=True)), *more], x, train)
   return [
     chain(unit, f"branch{i}", y, train, b[1:], first=1)
-    for i, (b, y) in enumerate(zip(branches, firsts, strict=True))]
+    for i, (b, y) in enumerate(zip([*branches, *[((),)] * len(more)], firsts, strict=True))]
 
 
 def abreast(unit: Callable, x: Array, train: bool, branches: Sequence) -> Array:
@@ -100,9 +103,8 @@ class Stem(nn.Module):
       nn.avg_pool, window_shape=(3, 3), strides=(1, 1), padding=((1, 1), (1, 1)),
       count_include_pad=False)
     branches = (((96,),), ((48,), (64, (5, 5))), ((64,), (96, (3, 3)), (96, (3, 3))))
-    return jnp.concatenate([
-      *side_by_side(self.unit, x, train, branches),
-      self.unit(64, name="branch3-1")(x, train, mean=mean)], -1)
+    pooled = self.unit(64, name="branch3-1", mean=mean)
+    return jnp.concatenate(side_by_side(self.unit, x, train, branches, pooled), -1)
 
 
 class Reduction(nn.Module):
@@ -152,7 +154,7 @@ class InceptionResNetV2(nn.Module):
     """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype,
-      wide_apart=self.blocks)
+      apart=self.blocks)
     part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x

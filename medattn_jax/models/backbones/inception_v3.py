@@ -31,17 +31,24 @@ def chain(unit: Callable, name: str, x: Array, train: bool, layers: Sequence[tup
   return x
 
 
-def side_by_side(unit: Callable, x: Array, train: bool, **branches: Sequence[tuple]) -> list[Array]:
+def side_by_side(
+  unit: Callable, x: Array, train: bool, pool: int = 0, **branches: Sequence[tuple],
+) -> list[Array]:
   """Each branch's answer to `x`; their first units, all 1×1, are computed as one.
 
   Units are named `branch`_1, `branch`_2, …, but for branch1x1, of which there is one.
+
+  Args:
+    pool: features of branch_pool, the last one, a unit of means; 0 for none.
   """
   names = [name if name == "branch1x1" else f"{name}_1" for name in branches]
-  firsts = together(
-    [unit(*b[0], name=name) for name, b in zip(names, branches.values(), strict=True)], x, train)
+  units = [unit(*b[0], name=name) for name, b in zip(names, branches.values(), strict=True)]
+  if pool:
+    units.append(unit(pool, name="branch_pool", mean=average))
+  firsts = together(units, x, train)
   return [
     chain(unit, name, y, train, b[1:])
-    for y, (name, b) in zip(firsts, branches.items(), strict=True)]
+    for y, (name, b) in zip(firsts, branches.items(), strict=False)] + firsts[len(branches):]
 
 
 class InceptionA(nn.Module):
@@ -52,12 +59,11 @@ class InceptionA(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    parts = side_by_side(
-      self.unit, x, train, branch1x1=[(64,)], branch5x5=[(48,), (64, (5, 5))],
-      branch3x3dbl=[(64,), (96, (3, 3)), (96, (3, 3))])
-    return jnp.concatenate([
-      *parts,
-      self.unit(self.pool_features, name="branch_pool")(x, train, mean=average)], -1)
+    # Of all firsts the one that is no 64 comes last: of a TPU's 128 lanes none then has to turn.
+    point, double, single, pooled = side_by_side(
+      self.unit, x, train, self.pool_features, branch1x1=[(64,)],
+      branch3x3dbl=[(64,), (96, (3, 3)), (96, (3, 3))], branch5x5=[(48,), (64, (5, 5))])
+    return jnp.concatenate([point, single, double, pooled], -1)
 
 
 class InceptionB(nn.Module):
@@ -83,11 +89,9 @@ class InceptionC(nn.Module):
   def __call__(self, x, train):
     c, row, column = self.width, (1, 7), (7, 1)
     parts = side_by_side(
-      self.unit, x, train, branch1x1=[(192,)], branch7x7=[(c,), (c, row), (192, column)],
+      self.unit, x, train, 192, branch1x1=[(192,)], branch7x7=[(c,), (c, row), (192, column)],
       branch7x7dbl=[(c,), (c, column), (c, row), (c, column), (192, row)])
-    return jnp.concatenate([
-      *parts,
-      self.unit(192, name="branch_pool")(x, train, mean=average)], -1)
+    return jnp.concatenate(parts, -1)
 
 
 class InceptionD(nn.Module):
@@ -114,13 +118,11 @@ class InceptionE(nn.Module):
       return [self.unit(384, (1, 3), name=f"{name}a")(y, train),
               self.unit(384, (3, 1), name=f"{name}b")(y, train)]
 
-    first, single, double = side_by_side(
-      self.unit, x, train, branch1x1=[(320,)], branch3x3=[(384,)],
+    first, single, double, pooled = side_by_side(
+      self.unit, x, train, 192, branch1x1=[(320,)], branch3x3=[(384,)],
       branch3x3dbl=[(448,), (384, (3, 3))])
     return jnp.concatenate([
-      first,
-      *split("branch3x3_2", single), *split("branch3x3dbl_3", double),
-      self.unit(192, name="branch_pool")(x, train, mean=average)], -1)
+      first, *split("branch3x3_2", single), *split("branch3x3dbl_3", double), pooled], -1)
 
 
 class InceptionV3(nn.Module):
@@ -145,7 +147,7 @@ class InceptionV3(nn.Module):
     """Returns (logits [B, classes] float32 or None, {"features", "pooled"})."""
     unit = functools.partial(
       ConvBN, group_size=self.group_size, momentum=self.momentum, epsilon=1e-3, dtype=self.dtype,
-      wide_apart=self.blocks)
+      apart=self.blocks)
     part = remat.parts(self, self.remat, train)
     x = x.astype(self.dtype)
     x = blocks.split(x, 4) if self.blocks else x

@@ -52,7 +52,7 @@ def test_branches_computed_as_one_are_the_branches(train, answers):
 def test_wide_branches_apart_are_those_computed_together(train, answers, monkeypatch):
   wanted = answers(train)
   monkeypatch.setattr(norm, "WIDE", 4)
-  same(answers(train, functools.partial(UNIT, wide_apart=True)), wanted)
+  same(answers(train, functools.partial(UNIT, apart=True)), wanted)
 
 
 @pytest.mark.parametrize("train", [True, False])
