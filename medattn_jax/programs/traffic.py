@@ -31,8 +31,18 @@ _FLOATS = {"f16", "bf16", "f32", "f64"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
          "partition-id", "replica-id", "optimization-barrier"}
 _SCRATCH = re.compile(r", [su]8\[\d+\][^,]*\)$")  # a library's workspace: of what is used, unknown
+_SLICE = re.compile(r"slice=\{[^}]*\}")
 _NAMING = 'custom_call_target="ConcatBitcast"'  # slices that lie side by side already
 _SAME = {"bitcast", "reshape", "copy-done"}  # another name of the same bytes, inside a fusion
+# Number by number: of an operand they need what is needed of their result.
+_EACH = _SAME | {
+  "abs", "add", "and", "bitcast-convert", "ceil", "clamp", "compare", "convert", "copy", "cosine",
+  "divide", "exponential", "exponential-minus-one", "floor", "is-finite", "log", "log-plus-one",
+  "logistic", "maximum", "minimum", "multiply", "negate", "not", "or", "power", "remainder",
+  "round-nearest-afz", "round-nearest-even", "rsqrt", "select", "shift-left",
+  "shift-right-arithmetic", "shift-right-logical", "sign", "sine", "sqrt", "subtract", "tan",
+  "tanh", "transpose", "xor"}
+_WHOLE = ""  # all that there is, among the parts of an array
 
 
 class Instruction(NamedTuple):
@@ -254,12 +264,17 @@ def _from_to(part: str, source: str, near: str | None) -> collections.Counter:
 
 
 def _fusion(program, one, shapes, near) -> collections.Counter:
-  """Of an operand that is only sliced, the slices; of a result that is only updated, the update."""
+  """Of an operand what is needed of it; of a result that is only updated, the update."""
   body = called(program, one)
+  needed = _needed(body)
   total = collections.Counter()
   for inner in body.values():
-    if inner.kind == "parameter":
-      total += _read(body, inner.name, size(shapes[inner.number], near))
+    if inner.kind == "parameter" and inner.name in needed:
+      whole, parts = size(shapes[inner.number], near), needed[inner.name]
+      if _WHOLE not in parts:
+        share = sum(parts.values()) / max(1, elements(shapes[inner.number]))
+        whole = collections.Counter({kind: int(n * min(1, share)) for kind, n in whole.items()})
+      total += whole
   roots = [inner for inner in body.values() if inner.root]
   given = [one.shape]  # the fusion's own type tells where its results lie
   if roots[0].kind == "tuple":
@@ -277,13 +292,20 @@ def _fusion(program, one, shapes, near) -> collections.Counter:
   return total
 
 
-def _read(body, name, whole) -> collections.Counter:
-  total = collections.Counter()
-  for user in (inner for inner in body.values() if name in inner.operands):
-    if user.kind in _SAME:
-      total += _read(body, user.name, whole)
-    elif user.kind in ("slice", "dynamic-slice") and user.operands[0] == name:
-      total += size(user.shape)
-    elif not (user.kind == "dynamic-update-slice" and user.operands[0] == name):
-      return whole
-  return +collections.Counter({kind: min(n, whole[kind]) for kind, n in total.items()})
+def _needed(body) -> dict[str, dict[str, int]]:
+  """{name: {part: its elements}} of what a fusion computes, as far as its results need it."""
+  needed = collections.defaultdict(dict)
+  for one in reversed(body.values()):  # users come after what they use
+    if one.root:
+      needed[one.name] = {_WHOLE: elements(one.shape)}
+    parts = needed.get(one.name, {})
+    for place, name in enumerate(one.operands if parts else ()):
+      if place == 0 and one.kind in ("slice", "dynamic-slice"):
+        told = _SLICE.search(one.rest)
+        part = told.group() if told else one.name
+        needed[name] |= {f"{part}{inner}": count for inner, count in parts.items()}
+      elif one.kind in _EACH and elements(body[name].shape) == elements(one.shape):
+        needed[name] |= parts
+      elif not (place == 0 and one.kind == "dynamic-update-slice"):
+        needed[name] |= {_WHOLE: elements(body[name].shape)}
+  return needed

@@ -47,6 +47,37 @@ def test_of_what_is_sliced_only_the_slice_counts():
   assert traffic.moved(program.as_text())["u8"] == 2048 * 512
 
 
+def test_of_an_operand_only_what_a_result_needs_counts():
+  """A slice of what is computed number by number; twice the same, and another of the same array."""
+  text = """HloModule m
+
+%parts (p: bf16[64,512], q: bf16[64,512], r: bf16[64,512]) -> (bf16[64,32], bf16[64,96]) {
+  %p = bf16[64,512]{1,0} parameter(0)
+  %w = f32[64,512]{1,0} convert(%p)
+  %q = bf16[64,512]{1,0} parameter(1)
+  %v = f32[64,512]{1,0} convert(%q)
+  %m = f32[64,512]{1,0} multiply(%w, %v)
+  %a = f32[64,512]{1,0} add(%m, %w)
+  %n = bf16[64,512]{1,0} convert(%a)
+  %s = bf16[64,32]{1,0} slice(%n), slice={[0:64], [448:480]}
+  %u = bf16[64,96]{1,0} slice(%q), slice={[0:64], [0:96]}
+  %r = bf16[64,512]{1,0} parameter(2)
+  %z = bf16[] constant(0)
+  %t = bf16[512]{0} reduce(%r, %z), dimensions={0}, to_apply=%sum
+  ROOT %o = (bf16[64,32]{1,0}, bf16[64,96]{1,0}, bf16[512]{0}) tuple(%s, %u, %t)
+}
+
+ENTRY %main (x: bf16[64,512], y: bf16[64,512], z: bf16[64,512]) -> bf16[64,32] {
+  %x = bf16[64,512]{1,0} parameter(0)
+  %y = bf16[64,512]{1,0} parameter(1)
+  %z = bf16[64,512]{1,0} parameter(2)
+  ROOT %fusion = (bf16[64,32], bf16[64,96], bf16[512]) fusion(%x, %y, %z), kind=kLoop, calls=%parts
+}
+"""
+  read = 64 * 32 + 64 * (32 + 96) + 64 * 512
+  assert traffic.moved(text) == {"bf16": 2 * (read + 64 * 32 + 64 * 96 + 512)}
+
+
 def test_a_loop_of_unknown_length_is_refused():
   def loop(x):
     return jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x * 2, x)
