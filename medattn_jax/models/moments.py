@@ -20,6 +20,7 @@ from medattn_jax.models.remat import dear
 
 Array = jax.Array
 Inside = Bool[Array, "n pC"] | None
+Moments = tuple[Float[Array, "G 1 1 C"], Float[Array, "G 1 1 C"]]  # mean and variance, float32
 
 
 def tile(a: Float[Array, "*s c"], x: Float[Array, "*t pc"]) -> Float[Array, "*s pc"]:
@@ -99,7 +100,7 @@ def normalised(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def moments(
   x: Float[Array, "G g n pC"], inside: Inside, count: int, channels: int,
-) -> tuple[Float[Array, "G 1 1 C"], Float[Array, "G 1 1 C"]]:
+) -> Moments:
   """The mean and the variance of each channel, float32."""
   sums = platforms.dependent(
     x, cuda=lambda x: _sums_at_once(_squared(x), inside),
@@ -143,14 +144,25 @@ def _backward(epsilon, count, relu, saved, cotangents):
     """What flows back into the normalisation, and the centred numbers, float32."""
     wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     if relu:
-      before = wide * tile(scale * inverse, x) + tile(shift, x)
-      gradient = platforms.dependent(
-        gradient, before, cuda=_let_through, default=lambda g, x: jnp.where(x > 0, g, 0))
+      gradient = _of_relu(gradient, wide * tile(scale * inverse, x) + tile(shift, x))
     return gradient, wide - tile(mean, x)
 
   gradient, centred = read(x, cotangents[0])
-  channels = len(scale)
+  along_one, along_unit = _both_sums(gradient, x, centred, mean, inside, len(scale))
+  along_unit = inverse * along_unit
+  if relu:
+    gradient, centred = read(_held_apart(x), cotangents[0])
+  # All that is of a channel first: of each pixel two products are left.
+  gain = scale * inverse
+  slope, offset = gain * inverse * along_unit / count, gain * along_one / count
+  dx = tile(gain, x) * gradient - tile(slope, x) * centred - tile(offset, x)
+  if inside is not None:
+    dx = jnp.where(inside, dx, 0)
+  return dx.astype(x.dtype), along_unit.sum((0, 1, 2)), along_one.sum((0, 1, 2)), None
 
+
+def _both_sums(gradient, x, centred, mean, inside, channels):
+  """([G, 1, 1, C] of the gradient, of its product with the centred x)."""
   def sums(gradient, x, centred):
     return (_total(gradient, inside, channels), _total(gradient * centred, inside, channels))
 
@@ -162,21 +174,51 @@ def _backward(epsilon, count, relu, saved, cotangents):
     both = _sums_at_once((gradient, gradient * centred), inside)
     return tuple(_of_channels(one, channels) for one in both)
 
-  along_one, along_unit = platforms.dependent(
-    gradient, x, centred, cpu=on_cpu, cuda=on_cuda, default=sums)
-  along_unit = inverse * along_unit
-  if relu:
-    # Computed anew: a GPU's compiler would write what ReLU lets through, to read it twice.
-    again = platforms.dependent(
-      x, cuda=jax.lax.optimization_barrier, default=lambda x: x), cotangents[0]
-    gradient, centred = read(*again)
-  # All that is of a channel first: of each pixel two products are left.
-  gain = scale * inverse
-  slope, offset = gain * inverse * along_unit / count, gain * along_one / count
-  dx = tile(gain, x) * gradient - tile(slope, x) * centred - tile(offset, x)
-  if inside is not None:
-    dx = jnp.where(inside, dx, 0)
-  return dx.astype(x.dtype), along_unit.sum((0, 1, 2)), along_one.sum((0, 1, 2)), None
+  return platforms.dependent(gradient, x, centred, cpu=on_cpu, cuda=on_cuda, default=sums)
+
+
+def _of_relu(gradient, before):
+  return platforms.dependent(
+    gradient, before, cuda=_let_through, default=lambda g, x: jnp.where(x > 0, g, 0))
+
+
+def _held_apart(x):
+  """x, to be read anew: a GPU's compiler would write what ReLU lets through, to read it twice."""
+  return platforms.dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+# As of `normalised`: x alone is kept, and both sums are one pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def shifted(
+  x: Float[Array, "G g n C"], gain: Float[Array, "G 1 1 C"], mean: Float[Array, "G 1 1 C"],
+  bias: Float[Array, " C"], relu: bool,
+) -> Float[Array, "G g n C"]:
+  """gain · (x - mean) + bias, of x's dtype; with the gradients of all four."""
+  return _shifted_forward(x, gain, mean, bias, relu)[0]
+
+
+def _shifted_forward(x, gain, mean, bias, relu):
+  offset = bias - mean * gain
+  y = (x.astype(jnp.float32) * gain + offset).astype(x.dtype)
+  return nn.relu(y) if relu else y, (x, gain, mean, offset)
+
+
+def _shifted_backward(relu, saved, cotangent):
+  x, gain, mean, offset = saved
+  channels = x.shape[-1]
+
+  def read(x, gradient):
+    wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    return wide, _of_relu(gradient, wide * gain + offset) if relu else gradient
+
+  wide, gradient = read(x, cotangent)
+  along_one, along_centred = _both_sums(gradient, wide, wide - mean, mean, None, channels)
+  _, gradient = read(_held_apart(x) if relu else x, cotangent)
+  return ((gain * gradient).astype(x.dtype), along_centred, -gain * along_one,
+          along_one.sum((0, 1, 2)))
+
+
+shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 def _let_through(gradient, before):

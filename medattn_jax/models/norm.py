@@ -76,19 +76,23 @@ class GroupBatchNorm(nn.Module):
       self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32),
       self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32))
 
-  def __call__(self, x: Float[Array, "b *space c"] | Blocks, train: bool, relu: bool = False):
+  def __call__(
+    self, x: Float[Array, "b *space c"] | Blocks, train: bool, relu: bool = False,
+    known: moments.Moments | None = None,
+  ):
     """Normalises `x`.
 
     Args:
       x: any float dtype; the batch first, channels last; or in blocks, and so is the result.
       train: by the groups' own statistics, which update the running ones; else by those.
       relu: of the result, ReLU.
+      known: the groups' statistics, if they are (see `statistics`), of x that is not in blocks.
 
     Raises:
       ValueError: in training, when the batch is not a whole number of groups.
     """
     channels = x.channels if isinstance(x, Blocks) else x.shape[-1]
-    return normalise(self, [self.values(channels)], x, train, relu)
+    return normalise(self, [self.values(channels)], x, train, relu, known)
 
 
 class Values(NamedTuple):
@@ -102,6 +106,7 @@ class Values(NamedTuple):
 
 def normalise(
   norm: GroupBatchNorm, held: Sequence[Values], x: Any, train: bool, relu: bool,
+  known: moments.Moments | None = None,
 ) -> Any:
   """`x` normalised as `norm` does, by what several hold whose channels lie side by side."""
   given, layout = x, x if isinstance(x, Blocks) else None
@@ -115,21 +120,35 @@ def normalise(
     y = nn.relu(y) if relu else y
     return layout.replace(array=y) if layout else y
 
-  groups, inside, count = _grouped(norm, given)
-  y, mean, var = moments.normalised(groups, scale, bias, inside, norm.epsilon, count, relu)
+  groups, inside, count = _grouped(norm.group_size, given)
+  if known is None:
+    y, mean, var = moments.normalised(groups, scale, bias, inside, norm.epsilon, count, relu)
+  else:
+    mean, var = known
+    y = moments.shifted(groups, scale * jax.lax.rsqrt(var + norm.epsilon), mean, bias, relu)
   _keep(norm, held, mean, var)
   y = y.reshape(x.shape)
   return layout.replace(array=y) if layout else y
 
 
-def _grouped(norm, x):
+def statistics(x: Float[Array, "b *space c"], group_size: int | None) -> moments.Moments:
+  """What a GroupBatchNorm of such groups would find of x, for whoever normalises it more than once.
+
+  Raises:
+    ValueError: when the batch is not a whole number of groups.
+  """
+  groups, _, count = _grouped(group_size, x)
+  return moments.moments(groups, None, count, x.shape[-1])
+
+
+def _grouped(group_size, x):
   """x as [G, g, n, p·C], what of it is inside (or None), and how many numbers a group has.
 
   (Of a channel, p pixels of a block lie side by side; p is 1 where nothing is in blocks.)
   """
   layout = x if isinstance(x, Blocks) else None
   x = layout.array if layout else x
-  size = x.shape[0] if norm.group_size is None else norm.group_size
+  size = x.shape[0] if group_size is None else group_size
   if x.shape[0] % size or not x.shape[0]:
     raise ValueError(
       f"norm.group_size={size}: a batch of {x.shape[0]} on one device is not a whole number "
@@ -262,7 +281,7 @@ def conv_bn(
     offset = held.bias - sign * held.mean.value * gain
     y = (y.astype(jnp.float32) * gain + offset).astype(y.dtype)
     return nn.relu(y) if relu else y
-  groups, inside, count = _grouped(norm, x)
+  groups, inside, count = _grouped(norm.group_size, x)
   mean, var = moments.moments(groups, inside, count, conv.features)
   _keep(norm, [held], sign * mean, var)
   gain = scale * jax.lax.rsqrt(var + norm.epsilon)

@@ -1,6 +1,8 @@
 """The published backbones: two stems, stages that can be changed, dropout, auxiliary heads."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -256,3 +258,33 @@ def test_a_gpus_ways_give_the_same_numbers(name, a_gpus_ways):
   assert asked.count("cuda") >= 10
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(1, np.abs(b).max()))
+
+
+def test_a_dense_block_sums_each_feature_once(draw_variables):
+  """And not once for each layer that normalises it: sums grow as the layers do."""
+  x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+  def summed(layers):
+    net = models.BACKBONES["densenet121"](blocks=(layers,), stem="small", group_size=2)
+    variables = draw_variables(net, x)
+    run = jax.jit(lambda x: net.apply(variables, x, train=True, mutable=["batch_stats"]))
+    found = re.findall(r"reduce\(.*across dimensions = \[1, 2\] : \(tensor<([\dx]+)xf32>",
+                       run.lower(x).as_text())
+    return sum(math.prod(map(int, shape.split("x"))) for shape in found)
+
+  two, four, eight = (summed(layers) for layers in (2, 4, 8))
+  assert eight - four == 2 * (four - two) > 0
+
+
+def test_a_changed_dense_block_is_normalised_by_its_own_statistics(draw_variables):
+  x = images(2, 32)
+  net = models.BACKBONES["densenet121"](blocks=(2, 2), stem="small")
+  variables = draw_variables(net, x)
+  before = variables["batch_stats"]["features-transition1"]["norm"]["mean"]
+
+  def moved(stage):
+    _, left = net.apply(variables, x, train=True, stage=stage, mutable=["batch_stats"])
+    return left["batch_stats"]["features-transition1"]["norm"]["mean"] - 0.9 * before
+
+  twice = moved(lambda name, x: 2 * x if name == "denseblock1" else x)
+  np.testing.assert_allclose(twice, 2 * moved(None), rtol=1e-4, atol=1e-6)

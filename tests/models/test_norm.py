@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from medattn_jax.models import blocks, convolution, moments
-from medattn_jax.models.norm import Conv, ConvBN, GroupBatchNorm, add_bias, conv_bn, together
+from medattn_jax.models.norm import (
+  Conv,
+  ConvBN,
+  GroupBatchNorm,
+  add_bias,
+  conv_bn,
+  statistics,
+  together,
+)
 from medattn_jax.models.pooling import max_pool
 
 
@@ -68,6 +76,30 @@ def test_gradient(case):
   wanted = jax.grad(lambda x, p: (jnp.sin(plain(x, **p, group=4)) * weight).sum(), (0, 1))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
                ours(x, params), wanted(x, params))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_known_statistics_are_those_it_would_find(case, relu, gpu, request):
+  """Of pieces that are joined, each summed but once; with all gradients and the running ones."""
+  x, params, stats = case
+  if gpu:
+    request.getfixturevalue("a_gpus_ways")()
+  weight = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+  norm = GroupBatchNorm(4, 0.8)
+
+  def loss(x, params, known):
+    if known:
+      pieces = jnp.split(x, [2, 5], -1)
+      found = [statistics(piece, 4) for piece in pieces]
+      known = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *found)
+    y, left = norm.apply({"params": params, "batch_stats": stats}, x, True, relu, known or None,
+                         mutable=["batch_stats"])
+    return (jnp.sin(y) * weight).sum(), (y, left)
+
+  run = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+               run(x, params, True), run(x, params, False))
 
 
 def test_evaluation_uses_the_running_statistics_alone(case):

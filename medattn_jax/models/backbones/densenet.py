@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Key
 
 from medattn_jax.models import remat
 from medattn_jax.models.backbones.stages import Stage, is_small, scaled, unchanged
-from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn
+from medattn_jax.models.moments import Moments
+from medattn_jax.models.norm import Array, Conv, GroupBatchNorm, conv_bn, statistics
 from medattn_jax.models.pooling import maximum
+
+
+class Piece(NamedTuple):
+  """Features, and in training their statistics: each layer after them normalises them anew."""
+
+  features: Float[Array, "b h w c"]
+  known: Moments | None
 
 
 class DenseLayer(nn.Module):
@@ -28,12 +37,17 @@ class DenseLayer(nn.Module):
   growth: int
 
   @nn.compact
-  def __call__(self, pieces: Sequence[Array], train: bool) -> Float[Array, "b h w growth"]:
-    x = jnp.concatenate(pieces, -1)  # here: whoever computes it twice keeps the pieces alone
-    y = self.norm(name="norm1")(x, train, relu=True)
+  def __call__(self, pieces: Sequence[Piece], train: bool) -> Float[Array, "b h w growth"]:
+    x = joined(pieces)  # here: whoever computes it twice keeps the pieces alone
+    y = self.norm(name="norm1")(x.features, train, relu=True, known=x.known)
     y = self.conv(4 * self.growth, name="conv1")(y)
     y = self.norm(name="norm2")(y, train, relu=True)
     return self.conv(self.growth, (3, 3), name="conv2")(y)
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+  """Their channels side by side."""
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *pieces)
 
 
 class Transition(nn.Module):
@@ -43,9 +57,9 @@ class Transition(nn.Module):
   norm: Callable
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 d"]:
-    y = self.norm(name="norm")(x, train, relu=True)
-    y = self.conv(x.shape[-1] // 2, name="conv")(y)
+  def __call__(self, x: Piece, train: bool) -> Float[Array, "b h2 w2 d"]:
+    y = self.norm(name="norm")(x.features, train, relu=True, known=x.known)
+    y = self.conv(y.shape[-1] // 2, name="conv")(y)
     return nn.avg_pool(y, (2, 2), (2, 2))
 
 
@@ -105,17 +119,21 @@ class DenseNet(nn.Module):
       return conv_bn(conv0, norm0, x, train, None if small else pool, relu=True)
 
     def last(x, train):
-      return norm(name="features-norm5")(x, train, relu=True)
+      return norm(name="features-norm5")(x.features, train, relu=True, known=x.known)
+
+    def piece(features):
+      return Piece(features, statistics(features, self.group_size) if train else None)
 
     x = stage("stem", part(stem, x))
     for number, layers in enumerate(self.blocks, 1):
-      block, pieces = f"denseblock{number}", (x,)
+      block, pieces = f"denseblock{number}", (piece(x),)
       for i in range(1, layers + 1):
         layer = DenseLayer(conv, norm, growth, name=f"features-{block}-denselayer{i}")
-        pieces += (part(layer, pieces),)
-      x = jnp.concatenate(pieces, -1)
+        pieces += (piece(part(layer, pieces)),)
+      x = joined(pieces)
       if number < len(self.blocks):
-        x = stage(block, x)
+        features = stage(block, x.features)
+        x = x if features is x.features else Piece(features, None)
         x = part(Transition(conv, norm, name=f"features-transition{number}"), x)
       else:
         x = stage(block, part(last, x))
