@@ -33,17 +33,19 @@ def chain(
 def side_by_side(
   unit: Callable, x: Array, train: bool, branches: Sequence, *more: ConvBN,
 ) -> list[Array]:
-  """Each branch's answer to `x`, and of each unit more; their first units, all 1×1, are computed
-  as one.
+  """Each branch's answer to `x`; their first units, all 1×1, are computed as one.
 
   Units are named branch<i>-<j>, a branch's only one branch<i>.
+
+  Args:
+    more: branches of one unit each, named already; the last ones.
   """
   names = [f"branch{i}-0" if len(b) > 1 else f"branch{i}" for i, b in enumerate(branches)]
   firsts = together(
     [*(unit(*b[0], name=name) for b, name in zip(branches, names, strict=True)), *more], x, train)
   return [
     chain(unit, f"branch{i}", y, train, b[1:], first=1)
-    for i, (b, y) in enumerate(zip([*branches, *[((),)] * len(more)], firsts, strict=True))]
+    for i, (b, y) in enumerate(zip(branches, firsts, strict=False))] + firsts[len(branches):]
 
 
 def abreast(unit: Callable, x: Array, train: bool, branches: Sequence) -> Array:

@@ -39,7 +39,7 @@ def side_by_side(
   Units are named `branch`_1, `branch`_2, …, but for branch1x1, of which there is one.
 
   Args:
-    pool: features of branch_pool, the last one, a unit of means; 0 for none.
+    pool: features of branch_pool, the last, one unit of the neighbours' means; 0 for none.
   """
   names = [name if name == "branch1x1" else f"{name}_1" for name in branches]
   units = [unit(*b[0], name=name) for name, b in zip(names, branches.values(), strict=True)]
@@ -59,7 +59,7 @@ class InceptionA(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    # Of all firsts the one that is no 64 comes last: of a TPU's 128 lanes none then has to turn.
+    # The first one of 48 last: else another's 64 would lie across the edge of a TPU's 128 lanes.
     point, double, single, pooled = side_by_side(
       self.unit, x, train, self.pool_features, branch1x1=[(64,)],
       branch3x3dbl=[(64,), (96, (3, 3)), (96, (3, 3))], branch5x5=[(48,), (64, (5, 5))])
