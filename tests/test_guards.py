@@ -141,6 +141,6 @@ def test_the_whole_step_on_an_accelerators_compiler(target, tmp_path):
     assert copies(tmp_path / "program.txt") < 20
     print(f"{target}: {found.accessed / 1e9:.1f} GB a step")
     assert (many := of_no_layer(tmp_path / "program.txt")) < 300, many
-    assert found.accessed < 39e9  # 40.8 before sums kept it busy and biases were part of kernels
+    assert found.accessed < 35.5e9  # 34.8 when the means' branches shared their blocks' products
   assert not any(one.inside for one in found.report.collectives)
   assert found.report.donated == found.leaves
