@@ -295,12 +295,12 @@ def test_means_after_a_1x1_convolution_are_means_before_it():
   """With their gradients; the result keeps the unit's dtype whatever the means' is."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 6, 5, 8)).astype(np.float32)
+  unit = ConvBN(3, group_size=2)
+  variables = unit.init(jax.random.key(0), x, True)
+
   def mean(x):  # of 3×3, with zeros beyond the edges
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     return total / np.float32(9)
-
-  unit = ConvBN(3, group_size=2)
-  variables = unit.init(jax.random.key(0), x, True)
 
   def loss(params, x, first):
     given = {**variables, "params": params}
