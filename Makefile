@@ -48,7 +48,7 @@ test: $(STAMP)
 	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
 proof: $(STAMP)
-	$(RUN) -m pytest -n 2 --dist worksteal
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(RUN) -m pytest -n 2 --dist worksteal
 	$(RUN) -m benchmarks.zooming
 
 proof-attention: $(STAMP)

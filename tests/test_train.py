@@ -40,7 +40,10 @@ def command(workdir, data_dir, *flags):
 
 
 def start(workdir, data_dir, *flags, devices=1):
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {
+      "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as users train
+  }  # fmt: skip
   return subprocess.Popen(
       command(workdir, data_dir, *flags),
       stdout=subprocess.PIPE,

@@ -16,10 +16,6 @@ from medattn_jax.models.backbones import googlenet, inception_resnet_v2, incepti
 from medattn_jax.models.norm import ConvBN
 from medattn_jax.models.pooling import max_pool
 
-# A program that is compiled to be read, or run once: its instructions need no polish.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 
 class Parts(nn.Module):
   """Of an Inception network one part of each kind, narrow."""
@@ -88,7 +84,7 @@ def learnt(net, x, variables):
   """(gradients, updated statistics) of a net's training, and the compiled program."""
   args = variables["params"], variables["batch_stats"]
   step = jax.jit(jax.grad(functools.partial(loss, net, x), has_aux=True))
-  compiled = step.lower(*args).compile(compiler_options=QUICK)
+  compiled = step.lower(*args).compile()
   return jax.device_get(compiled(*args)), compiled
 
 
