@@ -285,9 +285,8 @@ def conv_bn(
   mean, var = moments.moments(groups, inside, count, conv.features)
   _keep(norm, [held], sign * mean, var)
   gain = scale * jax.lax.rsqrt(var + norm.epsilon)
-  wide = y.reshape(*groups.shape[:2], -1, conv.features).astype(jnp.float32)
-  y = ((wide - mean) * gain + held.bias).reshape(y.shape).astype(y.dtype)
-  return nn.relu(y) if relu else y
+  maxima = y.reshape(*groups.shape[:2], -1, conv.features)
+  return moments.shifted(maxima, gain, mean, held.bias, relu).reshape(y.shape)
 
 
 class ConvBN(nn.Module):
