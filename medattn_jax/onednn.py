@@ -124,11 +124,11 @@ def _in_use() -> bool:
 
 def convolve(
   x: Float[jax.Array, "b 1 h w c"], kernel: Float[jax.Array, "k l c d"], stride: int,
-  padding: Sequence[tuple[int, int]],
+  padding: Sequence[tuple[int, int]], turned: bool = False,
 ) -> Float[jax.Array, "b 1 h2 w2 d"] | None:
   """The convolution of x with so many rows, and columns, of zeros before and behind it.
 
-  None where XLA's own is to be taken.
+  None where XLA's own is to be taken. A `turned` kernel is [k, l, d, c].
   """
   if not _in_use():
     return None
@@ -137,10 +137,11 @@ def convolve(
   products = len(x) * math.prod(sides) * kernel.size
   if min(sides) < _TINY or not takes(products, x.dtype):
     return None
+  inside, outside = (4, 3) if turned else (3, 4)
   return _convolution(
-    x, (0, 4, 1, 2, 3), kernel[None], (3, 4, 0, 1, 2), [(0, 0), *padding],
+    x, (0, 4, 1, 2, 3), kernel[None], (inside, outside, 0, 1, 2), [(0, 0), *padding],
     {"strides": [1, stride, stride], "window_dilations": [1] * 3},
-    (len(x), 1, *sides, kernel.shape[-1]))
+    (len(x), 1, *sides, kernel.shape[outside - 1]))
 
 
 def kernel_gradient(

@@ -74,6 +74,9 @@ def _convolve_picture(x, kernel, padding):
   return blocks.convolve(blocks.split(x, 2), kernel, 2, padding).array
 
 
+_FEW_TAPS = 9  # of a kernel, 3×3; more would be too many shifted sums
+
+
 # In a loop (microbatches) XLA's CPU computes a convolution number by number, 45 times slower, where
 # its axes lie otherwise than in a forward pass, as JAX's own gradients have them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -96,17 +99,21 @@ def _convolve_on_cpu_backward(stride, padding, saved, gradient):
   around_x = [(taps - 1 - around, taps - 1 - around + rest)
               for taps, around, rest in zip(kernel.shape, padding, rests, strict=False)]
   around_kernel = [(around, around - rest) for around, rest in zip(padding, rests, strict=True)]
-  turned_kernel = kernel[::-1, ::-1].swapaxes(2, 3)
   convolve = functools.partial(
     jax.lax.conv_general_dilated, window_strides=(1, 1),
     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  fast = onednn.takes(math.prod(gradient.shape[:3]) * kernel.size, x.dtype)
   same = gradient[:, None]  # the same for both: in two shapes XLA would compute it twice
-  of_x = onednn.convolve(same, turned_kernel, 1, around_x) if stride == 1 else None
-  if of_x is None:
-    of_x = convolve(gradient, turned_kernel, lhs_dilation=(stride, stride), padding=around_x)
-  else:
+  flipped = kernel[::-1, ::-1]
+  of_x = onednn.convolve(same, flipped, 1, around_x, turned=True) if stride == 1 else None
+  if of_x is not None:
     of_x = of_x[:, 0]
-  if onednn.takes(math.prod(gradient.shape[:3]) * kernel.size, x.dtype):
+  elif fast and math.prod(kernel.shape[:2]) <= _FEW_TAPS:
+    of_x = _tap_by_tap(kernel, gradient, stride, padding, x.shape)
+  else:
+    of_x = convolve(gradient, flipped.swapaxes(2, 3), lhs_dilation=(stride, stride),
+                    padding=around_x)
+  if fast:
     within = [slice(side + min(0, behind))
               for side, (_, behind) in zip(x.shape[1:3], around_kernel, strict=True)]
     return of_x, onednn.kernel_gradient(
@@ -119,6 +126,28 @@ def _convolve_on_cpu_backward(stride, padding, saved, gradient):
 
 
 _convolve_on_cpu.defvjp(_convolve_on_cpu_forward, _convolve_on_cpu_backward)
+
+
+def _tap_by_tap(kernel, gradient, stride, padding, shape):
+  """The gradient of features of that shape: one product for all taps, each's shifted and added.
+
+  As a convolution it would have a kernel turned first, of small maps longer than all else, and at a
+  stride also zeros between.
+  """
+  rows = lambda array: array.reshape(-1, kernel.shape[-1])
+  y = onednn.multiply(rows(gradient), rows(kernel), (False, True))
+  y = y.reshape(*gradient.shape[:3], *kernel.shape[:3])
+
+  def placed(axis, tap):
+    before = tap - padding[axis]
+    length = stride * (gradient.shape[1 + axis] - 1) + 1
+    return before, shape[1 + axis] - before - length, stride - 1
+
+  zero = jnp.zeros((), y.dtype)
+  return sum(
+    jax.lax.pad(y[..., row, column, :], zero,
+                [(0, 0, 0), placed(0, row), placed(1, column), (0, 0, 0)])
+    for row, column in np.ndindex(kernel.shape[:2]))
 
 
 def _turned(x, axes):
