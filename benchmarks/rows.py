@@ -76,7 +76,8 @@ def parsed(
 
 
 def row(
-  name: str, *, config: Mapping[str, Any], devices: int, device_kind: str, batch: int, dtype: str,
+  name: str, *, config: Mapping[str, Any], devices: int, device_kind: str | None,
+  batch: int | None, dtype: str | None,
   compile_seconds: float | None = None, milliseconds: Sequence[float] = (), images: int = 0,
   flops: float | None = None, mfu: float | None = None, memory: int | None = None,
   input_bound: bool | None = None, **more: Any,
@@ -84,6 +85,7 @@ def row(
   """A line of the contract; `more` follows it.
 
   Args:
+    device_kind, batch, dtype: None where nothing was measured.
     batch: of the page: patients of pairs, else images, over all devices.
     milliseconds: of each step or round of steps; () where none was run.
     images: of a step, over all devices; images_per_second are those of the fastest.

@@ -1,13 +1,14 @@
 """One side of benchmarks.versus_torch in a process of its own: `python -m benchmarks.sides SPEC`.
 
 It says on a line when it is ready, and then, for each number that it is sent, how long so many
-steps took; for 0, the memory it has held. Ours also says before that when its weights are written,
-which the others read.
+steps took; for 0, the memory it has held, and ours how near its fastest round was to the machine.
+Ours also says before all that when its weights are written, which the others read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import resource
@@ -28,7 +29,7 @@ def phase_of(page: pages.Page) -> str:
 
 
 def serve(spec: Mapping[str, Any]) -> None:
-  """A side's process: says what is ready, then how long so many steps take; 0: its memory."""
+  """A side's process: says what is ready, then how long so many steps take; 0: what it held."""
   page = _page(spec["page"])
   if spec["cores"]:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:spec["cores"]])
@@ -70,6 +71,7 @@ def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict
   step = make_train_step(
     still, now.optimizer, now.mesh, state=now.abstract_state, **now.step_options)
   compiled, seconds = steps.compiled(lambda: step.lower(state, now.put_train(hosts[0])))
+  moved, fastest = steps.moved(compiled.as_text()), math.inf
   compiled = heap.Kept(compiled)
 
   def run(state, count):
@@ -86,17 +88,21 @@ def ours(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict
     losses.append(float(metrics["loss"]))
   begin = time.perf_counter()
   state, _ = run(state, 2)
-  yield {"losses": losses, "compile_seconds": seconds, "kind": device.device_kind,
-         "flops": steps.flops(page, phase_of(page)),
+  flops = steps.flops(page, phase_of(page))
+  yield {"losses": losses, "compile_seconds": seconds, "kind": device.device_kind, "flops": flops,
          "step_seconds": (time.perf_counter() - begin) / 2}
   for count in asked:
     if not count:
       held = (device.memory_stats() or {}).get("peak_bytes_in_use")
-      yield {"memory": held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+      held = held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+      yield {"memory": held, **steps.efficiency(
+        fastest, flops, moved, 1, steps.ceilings_here(page.precision))}
       continue
     watch = Watch()
     state, _ = run(state, count)
-    yield watch.each(count)
+    took = watch.each(count)
+    fastest = min(fastest, took["milliseconds"])
+    yield took
 
 
 def theirs(page: pages.Page, spec: Mapping, asked: Iterator[int]) -> Iterator[dict[str, Any]]:

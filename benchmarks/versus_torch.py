@@ -15,6 +15,9 @@ sides of so many models as --at-once says compile beside one another, and wait f
 CPU the processor's time of a step is told as well: with --cores=1 it is fair on a machine that is
 shared with others, on which threads that wait for one another are slowed most.
 
+Of ours it is also told how near it comes to the machine: its FLOPs at the rate of large matrix
+products, and its time over its program's roofline (as benchmarks.step).
+
 Needs torch, torchvision and timm beside JAX; neither TensorFlow nor config pages.
 """
 
@@ -62,9 +65,7 @@ def main() -> None:
   parser.add_argument("--seconds", type=rows.above_zero, help="of a round, about")
   parser.add_argument("--check", action="store_true", help="exit with 1 where losses differ")
   flags = rows.parsed(parser, SIZES)
-  if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
-    rows.stop("versus_torch", f"{', '.join(missing)} would have to be installed; accepted: "
-              "pip install 'medattn_jax[parity]'")
+  need("versus_torch")
   found = []
   models, many = flags.models.split(","), flags.at_once
   try:
@@ -81,6 +82,13 @@ def main() -> None:
   apart = [one for one in found if not one["same_losses"]]
   if flags.check and apart:
     sys.exit(1)
+
+
+def need(benchmark: str) -> None:
+  """Ends a benchmark that has no PyTorch to measure."""
+  if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
+    rows.stop(benchmark, f"{', '.join(missing)} would have to be installed; accepted: "
+              "pip install 'medattn_jax[parity]'")
 
 
 def ways(model: str) -> tuple[str, ...]:
@@ -132,7 +140,8 @@ def compared(
       answer = one.ask(counts[side])
       times[side].append(answer["milliseconds"])
       worked[side].append(answer["processor_ms"])
-  memory = {side: one.ask(0)["memory"] for side, one in there.items()}
+  held = {side: one.ask(0) for side, one in there.items()}
+  memory = {side: one.pop("memory") for side, one in held.items()}
   ours = there["ours"].ready
   images = page.data.batch_size * (2 if model in pages.PAIRS else 1)
   for side, one in there.items():
@@ -142,12 +151,13 @@ def compared(
       "versus_torch", config={**pages.describe(page, sides.phase_of(page)), "side": side, **layout},
       devices=1, device_kind=one.ready["kind"], batch=page.data.batch_size, dtype=page.precision,
       compile_seconds=one.ready["compile_seconds"], milliseconds=times[side], images=images,
-      flops=ours["flops"], memory=memory[side], asked=model,
+      flops=ours["flops"], mfu=held[side].pop("mfu", None), memory=memory[side], asked=model,
       losses=[rows.rounded(loss, 7) for loss in one.ready["losses"]],
       same_losses=agree(ours["losses"], one.ready["losses"], page.precision),
       ours_over_it=rows.rounded(min(times[side]) / min(times["ours"])),
       processor_ms=rows.spread(worked[side]),
-      ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"])))
+      ours_over_it_in_processor_time=rows.rounded(min(worked[side]) / min(worked["ours"])),
+      **held[side])
 
 
 def agree(ours: Sequence[float], theirs: Sequence[float], precision: str) -> bool:
@@ -225,13 +235,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
       f"{one['asked']} {config['image_size']}²", config["side"], one["batch"], one["dtype"],
       one["images_per_second"], one["step_ms"]["min"], one["step_ms"]["median"],
       one["peak_memory_bytes"] / 2**30, one["compile_seconds"],
-      *((None, None) if config["side"] == "ours" else
-        (one["ours_over_it"], one["ours_over_it_in_processor_time"])),
+      *((None, None, 100 * one["ceiling_share"], one["step_over_roofline"])
+        if config["side"] == "ours" else
+        (one["ours_over_it"], one["ours_over_it_in_processor_time"], None, None)),
       "yes" if one["same_losses"] else "NO"))
   first = found[0]
   return "\n" + f"{first['device_kind']}; the fastest round of each\n" + rows.table(
     ("model", "side", "batch", "dtype", "images/s", "ms", "median", "GiB", "compile s",
-     "ours over it", "by processor", "same losses"), lines)
+     "ours over it", "by processor", "% of matmul", "over roofline", "same losses"), lines)
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
