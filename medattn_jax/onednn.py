@@ -33,6 +33,7 @@ _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # without, some calls
 _WORTH = 2**23  # multiplications; below, a call costs as much as it saves
 _TINY = 6  # rows or columns that a convolution gives; below, XLA's is the faster one
 _SMALL, _WIDE, _TOGETHER = 16**2, 128, 16  # pixels, channels, images of a kernel's gradient
+_TALL, _ROWS = 32, 14  # rows that a kernel's gradient is summed over: more, in parts of so many
 _LEAST = "jax_persistent_cache_min_compile_time_secs"  # below, JAX stores no program
 
 _NAME = "__onednn$"  # begins those of the calls
@@ -154,6 +155,18 @@ def kernel_gradient(
   batch what is summed over: so oneDNN has full rows of channels to multiply.
   """
   *sides, channels, batch = x.shape
+  rows, (before, _) = gradient.shape[2], padding[0]
+  if rows > _TALL:
+    # All at once such a gradient, here the kernel, is larger than a core's second cache.
+    taps = sides[0] + sum(padding[0]) - stride * (rows - 1)
+    parts = []
+    for first in range(0, rows, _ROWS):
+      last = min(first + _ROWS, rows)
+      begin, end = stride * first - before, stride * (last - 1) + taps - before
+      parts.append(kernel_gradient(
+        x[max(0, begin):end], gradient[:, :, first:last], stride,
+        [(max(0, -begin), max(0, end - sides[0])), padding[1]]))
+    return sum(parts)
   if math.prod(sides) <= _SMALL and channels < _WIDE and batch > _TOGETHER:
     # All at once such features are read from the third cache, again for each tap.
     parts = range(0, batch, _TOGETHER)

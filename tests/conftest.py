@@ -11,8 +11,6 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's passes, a quarter of these tests' time; XLA's programs are the same. `make proof` has them.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 with contextlib.suppress(ImportError):
   import triton  # noqa: F401  PyTorch's: it ends a process that has TensorFlow already
