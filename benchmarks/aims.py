@@ -70,7 +70,7 @@ def main() -> None:
   parser.add_argument("--minutes", type=rows.above_zero, default=30.0,
                       help="after these nothing is measured")
   parser.add_argument("--check", action="store_true", help="exit with 1 where an aim is missed")
-  flags = rows.parsed(parser, dict.fromkeys(AIMS, {}))
+  flags = rows.parsed(parser, {size: {} for size in AIMS})
   known = AIMS[flags.size]
   models = flags.models.split(",") if flags.models else list(known)
   for model in models:
