@@ -149,7 +149,13 @@ def test_elementwise_keeps_convolutions_and_statistics_alone(capsys):
   assert sum(len(shape) == 4 and shape[1] > 1 for _, shape in found) == convolutions + 1 + blocks
   assert sum(shape[:3] == (2, 1, 1) for _, shape in found) == 2 * convolutions
   assert {dtype for dtype, _ in found} == {"f32"}  # and no ReLU's mask
-  assert any(dtype == "bool" for dtype, _ in kept(*NETS["resnet"], "none", capsys))
+
+
+def test_what_a_normalisation_lets_through_is_not_kept(capsys):
+  """Not behind a maximum either. (A residual Inception block's ReLU by itself keeps its mask.)"""
+  masks = {name: [shape for dtype, shape in kept(*NETS[name], "none", capsys) if dtype == "bool"]
+           for name in ("resnet", "inception_v3", "inception_resnet_v2")}
+  assert masks == {"resnet": [], "inception_v3": [], "inception_resnet_v2": [(4, 10, 10, 32)]}
 
 
 def test_blocks_keep_their_inputs_alone(capsys):
